@@ -1,0 +1,77 @@
+"""A transformer block as phases with communication between them, so that whoever runs it can put work there:
+
+    attention   h = x + attn(norm(x)),  u = norm(h),  and in an MoE block the routing of u
+    dispatch    rows of u to the ranks of their experts                              (communication)
+    mlp         y = routed experts on the rows that arrived,  s = shared experts (or the dense MLP) on u
+    combine     z = for each token the sum of its experts' results                   (communication)
+
+and the block's output is h + s + z. A dense block has attention and mlp only, and its output is h + s.
+
+B batch, S sequence, T = B·S tokens, D model, K experts a token, R rows sorted by expert.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.attention import Attention
+from model.exchange import Exchange
+from model.mlp import MLP, Experts
+from model.norm import RMSNorm
+from model.router import Router, Routing
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What the attention phase leaves: the residual stream, the normalised input of the MLP, and where it goes."""
+
+    h_BSD: Tensor
+    u_BSD: Tensor
+    routing: Routing | None
+
+
+class Block(nn.Module):
+    """One layer. ``experts``: the global numbers of the routed experts held here; ignored by a dense layer."""
+
+    def __init__(self, config: ModelConfig, layer: int, experts: Sequence[int]) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.is_moe(layer):
+            self.router: Router | None = Router(config)
+            self.experts: Experts | None = Experts(config, experts)
+            shared = config.n_shared_experts * config.moe_intermediate_size
+            self.mlp = MLP(config.hidden_size, shared) if shared else None
+        else:
+            self.router = self.experts = None
+            self.mlp = MLP(config.hidden_size, config.intermediate_size)
+
+    def attention_phase(self, x_BSD: Tensor, rotations_SP: Tensor) -> Attended:
+        h_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), rotations_SP)
+        u_BSD = self.mlp_norm(h_BSD)
+        return Attended(h_BSD, u_BSD, None if self.router is None else self.router(u_BSD))
+
+    def local_phase(self, u_BSD: Tensor) -> Tensor | None:
+        """The part of the mlp phase that needs nothing from elsewhere: shared experts, or the dense MLP."""
+        return None if self.mlp is None else self.mlp(u_BSD)
+
+    def expert_phase(self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
+        """The part of the mlp phase that works on what was dispatched."""
+        assert self.experts is not None
+        return self.experts(rows_RD, weights_R, ends_E)
+
+    def forward(self, x_BSD: Tensor, rotations_SP: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor | None]:
+        """The whole layer at once, and its balance loss: the definition, under plain autograd."""
+        attended = self.attention_phase(x_BSD, rotations_SP)
+        local = self.local_phase(attended.u_BSD)
+        out_BSD = attended.h_BSD if local is None else attended.h_BSD + local
+        routing = attended.routing
+        if routing is None:
+            return out_BSD, None
+        sent = exchange.dispatch(attended.u_BSD.flatten(0, 1), routing.weights_TK, routing.indices_TK).wait()
+        y_RD = self.expert_phase(sent.rows_RD, sent.weights_R, sent.ends_E)
+        z_TD = exchange.combine(y_RD, sent.layout).wait()
+        return out_BSD + z_TD.view_as(out_BSD), routing.balance

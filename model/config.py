@@ -1,0 +1,91 @@
+"""The sizes and constants of a DeepSeek-V3-style model, under the names that its published configuration uses."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A DeepSeek-V3-style transformer: MLA attention, the first layers dense, the rest MoE.
+
+    The defaults are DeepSeek-V3's own (report, 4.2, and the released configuration). Sizes are counts unless a unit is
+    given. Raises ValueError, naming ``model.KEY``, when the values do not fit together.
+    """
+
+    vocab_size: int = 129280
+    hidden_size: int = 7168
+    num_hidden_layers: int = 61
+    first_k_dense_replace: int = 3
+    """Layers before the first MoE layer; these have a dense MLP of ``intermediate_size``."""
+    intermediate_size: int = 18432
+    moe_intermediate_size: int = 2048
+    """Width of one expert, routed or shared."""
+    n_routed_experts: int = 256
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 8
+    n_group: int = 8
+    """Groups of experts, one a node; a token is routed to at most ``topk_group`` of them."""
+    topk_group: int = 4
+    norm_topk_prob: bool = True
+    """Normalise the chosen experts' scores to sum to one, before the scaling factor."""
+    routed_scaling_factor: float = 2.5
+    num_attention_heads: int = 128
+    q_lora_rank: int | None = 1536
+    """Width of the query latent; null projects queries from the hidden state directly."""
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.006
+    """Standard deviation of every weight matrix at the start."""
+    bias_update_speed: float = 0.001
+    """gamma: how far a step moves an expert's selection bias towards balance (report, 2.1.2)."""
+    balance_loss_alpha: float = 0.0001
+    """alpha: weight of the sequence-wise balance loss (report, eq. 17)."""
+
+    def __post_init__(self) -> None:
+        for key in _POSITIVE:
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.{key}={getattr(self, key)} must be at least 1")
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise ValueError(f"model.q_lora_rank={self.q_lora_rank} must be at least 1, or null")
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"model.qk_rope_head_dim={self.qk_rope_head_dim} must be even: RoPE rotates pairs")
+        if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
+            raise ValueError(
+                f"model.first_k_dense_replace={self.first_k_dense_replace} must be from 0 to "
+                f"num_hidden_layers ({self.num_hidden_layers})"
+            )
+        if self.n_shared_experts < 0:
+            raise ValueError(f"model.n_shared_experts={self.n_shared_experts} must not be negative")
+        if self.n_routed_experts % self.n_group:
+            raise ValueError(
+                f"model.n_group={self.n_group} must divide n_routed_experts ({self.n_routed_experts})"
+            )
+        if self.topk_group > self.n_group:
+            raise ValueError(f"model.topk_group={self.topk_group} must be at most n_group ({self.n_group})")
+        reachable = self.topk_group * (self.n_routed_experts // self.n_group)
+        if self.num_experts_per_tok > reachable:
+            raise ValueError(
+                f"model.num_experts_per_tok={self.num_experts_per_tok} must be at most the experts in "
+                f"topk_group groups ({reachable})"
+            )
+        if self.rope_theta <= 1 or self.rms_norm_eps <= 0 or self.initializer_range <= 0:
+            raise ValueError("model.rope_theta must be above 1, model.rms_norm_eps and model.initializer_range above 0")
+        if self.bias_update_speed < 0 or self.balance_loss_alpha < 0:
+            raise ValueError("model.bias_update_speed and model.balance_loss_alpha must not be negative")
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def is_moe(self, layer: int) -> bool:
+        return layer >= self.first_k_dense_replace
+
+
+_POSITIVE = (
+    "vocab_size hidden_size num_hidden_layers intermediate_size moe_intermediate_size n_routed_experts "
+    "num_experts_per_tok n_group topk_group num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim "
+    "v_head_dim"
+).split()

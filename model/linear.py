@@ -1,0 +1,181 @@
+"""Linear layers whose backward is split: gradients for the inputs at once (I), for the weights later (W).
+
+With y = x Wᵀ, the input gradient is gx = gy W and the weight gradient gW = gyᵀ x. A pipeline wants gx as early as
+possible and can fill its bubbles with gW, so the layer hands the pair (x, gy) to the ``WeightGradients`` of whoever
+owns its parameters and returns. Nothing is run twice: the deferral sits inside the layer's own backward. Without an
+owner a layer is ordinary autograd, and that is the definition it is tested against.
+
+T tokens (rows), D inputs, F outputs, E experts, R rows sorted by expert.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Contribution = Callable[[Tensor], None]
+"""Adds one micro-batch's gradient to the FP32 buffer of a parameter."""
+
+
+class WeightGradients:
+    """FP32 gradient buffers of a stage's parameters, and the contributions to them that wait for their W.
+
+    ``defer`` collects during a backward, ``take`` hands over what was collected so that its owner can keep it per
+    micro-batch, ``apply`` adds it. ``add`` is for gradients too cheap to be worth deferring (norms, embedding).
+    """
+
+    def __init__(self, buffers: dict[nn.Parameter, Tensor]) -> None:
+        self._buffers = buffers
+        self._collected: list[tuple[nn.Parameter, Contribution]] = []
+
+    @torch.no_grad()
+    def add(self, parameter: nn.Parameter, contribution: Contribution) -> None:
+        contribution(self._buffers[parameter])
+
+    def defer(self, parameter: nn.Parameter, contribution: Contribution) -> None:
+        self._collected.append((parameter, contribution))
+
+    def take(self) -> list[tuple[nn.Parameter, Contribution]]:
+        collected, self._collected = self._collected, []
+        return collected
+
+    @torch.no_grad()
+    def apply(self, collected: list[tuple[nn.Parameter, Contribution]]) -> None:
+        for parameter, contribution in collected:
+            contribution(self._buffers[parameter])
+
+
+class Owned(nn.Module):
+    """A module whose parameters' gradients may belong to somebody: ``owner`` is None under plain autograd."""
+
+    owner: WeightGradients | None = None
+
+
+def own(module: nn.Module, owner: WeightGradients | None) -> None:
+    """Send the weight gradients of every layer in ``module`` to ``owner``."""
+    for child in module.modules():
+        if isinstance(child, Owned):
+            child.owner = owner
+
+
+@cache
+def _slow_bf16(device_type: str) -> bool:
+    # Without AMX tiles, a CPU multiplies BF16 at half its FP32 rate. Products of BF16 numbers are exact in FP32 and
+    # both paths accumulate in FP32, so widening the operands changes the order of a sum and nothing else.
+    return device_type == "cpu" and not torch.cpu._is_amx_tile_supported()
+
+
+def gemm_operand(x: Tensor) -> Tensor:
+    """``x`` in the format in which this device multiplies it fastest: FP32 instead of BF16 on most CPUs."""
+    return x.float() if x.dtype == torch.bfloat16 and _slow_bf16(x.device.type) else x
+
+
+class _SplitLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_FD: nn.Parameter, owner: WeightGradients) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_FD)
+        ctx.weight, ctx.owner = weight_FD, owner
+        return F.linear(gemm_operand(x_TD), gemm_operand(weight_FD.to(x_TD.dtype))).to(x_TD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gy_TF,) = grads
+        x_TD, weight_FD = ctx.saved_tensors
+        gy_TF = gemm_operand(gy_TF)
+
+        def contribute(buffer_FD: Tensor) -> None:
+            x2_TD = gemm_operand(x_TD).reshape(-1, x_TD.shape[-1])
+            gy2_TF = gy_TF.reshape(-1, gy_TF.shape[-1])
+            if x2_TD.dtype == torch.float32:
+                buffer_FD.addmm_(gy2_TF.t(), x2_TD)
+            else:
+                buffer_FD.add_(gy2_TF.t() @ x2_TD)
+
+        ctx.owner.defer(ctx.weight, contribute)
+        gx_TD = (gy_TF @ gemm_operand(weight_FD.to(x_TD.dtype))).to(x_TD.dtype) if ctx.needs_input_grad[0] else None
+        return gx_TD, None, None
+
+
+class Linear(Owned):
+    """y = x Wᵀ without a bias, in the dtype of ``x`` [..., D]; a weight [F, D] in BF16 serves an FP32 input too."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.owner is None:
+            return F.linear(x, self.weight.to(x.dtype))
+        return _SplitLinear.apply(x, self.weight, self.owner)
+
+
+class _SplitGroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_RD: Tensor, weight_EFD: nn.Parameter, ends_E: Tensor, owner: WeightGradients
+    ) -> Tensor:
+        ctx.save_for_backward(x_RD, weight_EFD, ends_E)
+        ctx.weight, ctx.owner = weight_EFD, owner
+        y_RF = F.grouped_mm(gemm_operand(x_RD), gemm_operand(weight_EFD).transpose(1, 2), offs=ends_E)
+        return y_RF.to(x_RD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_RD, weight_EFD, ends_E = ctx.saved_tensors
+        gy_RF = gemm_operand(grads[0].contiguous())
+
+        def contribute(buffer_EFD: Tensor) -> None:
+            buffer_EFD.add_(F.grouped_mm(gy_RF.t(), gemm_operand(x_RD), offs=ends_E))
+
+        ctx.owner.defer(ctx.weight, contribute)
+        gx_RD = F.grouped_mm(gy_RF, gemm_operand(weight_EFD), offs=ends_E).to(x_RD.dtype)
+        return gx_RD, None, None, None
+
+
+class GroupedLinear(Owned):
+    """One linear layer per expert over rows sorted by expert: rows up to ``ends_E[0]`` go through expert 0, and so on.
+
+    ``x_RD``: [R, D]; ``ends_E``: int32 [E], cumulative; the last is R. R = 0 and experts without rows are ordinary.
+    """
+
+    def __init__(self, experts: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
+
+    def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
+        if self.owner is None:
+            return F.grouped_mm(x_RD, self.weight.transpose(1, 2), offs=ends_E)
+        return _SplitGroupedLinear.apply(x_RD, self.weight, ends_E, self.owner)
+
+
+class _OwnedEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, tokens: Tensor, weight_VD: nn.Parameter, owner: WeightGradients) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.weight, ctx.owner = weight_VD, owner
+        return F.embedding(tokens, weight_VD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (tokens,) = ctx.saved_tensors
+        gy_TD = grads[0].reshape(-1, grads[0].shape[-1]).float()
+        ctx.owner.add(ctx.weight, lambda buffer_VD: buffer_VD.index_add_(0, tokens.flatten(), gy_TD))
+        return None, None, None, None
+
+
+class Embedding(Owned):
+    """Rows of a table [V, D] by token number."""
+
+    def __init__(self, vocab_size: int, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, features))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.owner is None:
+            return F.embedding(tokens, self.weight)
+        # Tokens carry no gradient; the anchor is what makes autograd call the backward.
+        anchor = torch.empty(0, device=tokens.device, requires_grad=True)
+        return _OwnedEmbedding.apply(anchor, tokens, self.weight, self.owner)

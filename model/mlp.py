@@ -1,0 +1,94 @@
+"""SwiGLU, and the feed-forward halves of a block: one dense MLP, or shared and routed experts.
+
+    swiglu(g, u) = silu(g) · u          mlp(x) = W_down swiglu(W_gate x, W_up x)
+
+Gate and up projection are one matrix, gate first. A routed expert's gate value multiplies the narrow activation rather
+than its wide output: the same product, and combine is then a plain sum that can be made in parts on the way back.
+
+T tokens, D model, F width of the MLP, E experts, R rows sorted by expert.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.linear import GroupedLinear, Linear, Owned
+
+
+def swiglu(x_T2F: Tensor, weights_T: Tensor | None = None) -> Tensor:
+    """The definition, in FP32: silu of the first half times the second, times the row's gate value if there is one."""
+    gate, up = x_T2F.float().chunk(2, dim=-1)
+    y = F.silu(gate) * up
+    return (y if weights_T is None else y * weights_T.unsqueeze(-1)).to(x_T2F.dtype)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """The same with a backward that keeps the input alone and makes the activation again."""
+
+    @staticmethod
+    def forward(ctx: Any, x_T2F: Tensor, weights_T: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_T2F, weights_T)
+        gate, up = x_T2F.float().chunk(2, dim=-1)
+        y = torch.sigmoid(gate).mul_(gate).mul_(up)
+        if weights_T is not None:
+            y.mul_(weights_T.unsqueeze(-1))
+        return y.to(x_T2F.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # d silu(g)/dg = s + silu(g) (1 - s), with s = sigmoid(g).
+        x_T2F, weights_T = ctx.saved_tensors
+        gate, up = x_T2F.float().chunk(2, dim=-1)
+        gy = grads[0].float()
+        sigmoid = torch.sigmoid(gate)
+        silu = sigmoid * gate
+        gweights_T = None
+        if weights_T is not None:
+            gweights_T = torch.linalg.vecdot(gy, silu * up)
+            gy = gy * weights_T.unsqueeze(-1)
+        gx = torch.empty_like(x_T2F)
+        ggate, gup = gx.chunk(2, dim=-1)
+        gup.copy_(gy * silu)
+        ggate.copy_(silu.mul_(1 - sigmoid).add_(sigmoid).mul_(gy).mul_(up))
+        return gx, gweights_T
+
+
+class MLP(Owned):
+    """[..., D] -> [..., D]."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.gate_up = Linear(hidden, 2 * width)
+        self.down = Linear(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.gate_up(x)
+        return self.down(swiglu(h) if self.owner is None else _SwiGLU.apply(h, None))
+
+
+class Experts(Owned):
+    """The routed experts with the global numbers ``experts``, over rows already sorted by expert."""
+
+    def __init__(self, config: ModelConfig, experts: Sequence[int]) -> None:
+        super().__init__()
+        self.experts = experts
+        width = config.moe_intermediate_size
+        self.gate_up = GroupedLinear(len(experts), config.hidden_size, 2 * width)
+        self.down = GroupedLinear(len(experts), width, config.hidden_size)
+
+    def forward(self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
+        h = self.gate_up(rows_RD, ends_E)
+        y = swiglu(h, weights_R) if self.owner is None else _SwiGLU.apply(h, weights_R)
+        return self.down(y, ends_E)
+
+
+class SharedExperts(MLP):
+    """The experts that every token visits, as one MLP as wide as all of them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
+

@@ -1,0 +1,112 @@
+"""The model, or any run of its layers: embedding, blocks, final norm and output head.
+
+A piece of the model keeps the names that its parameters have in the whole ("layers.3.attn.o.weight" wherever layer 3
+lives), so that initial values, checkpoints and comparisons need not know how it was cut.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.block import Block
+from model.config import ModelConfig
+from model.exchange import Exchange, LocalExchange
+from model.linear import Embedding, GroupedLinear, Linear
+from model.norm import RMSNorm
+from model.rope import rotations
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Sums, so that micro-batches and ranks can be added up: the cross-entropy over the target tokens (nats), and the
+    balance loss over sequences and layers, without alpha. FP32 scalars."""
+
+    cross_entropy: Tensor
+    balance: Tensor
+
+
+class Transformer(nn.Module):
+    """Layers ``layers`` of the model with routed experts ``experts`` of each; with all of both it is the whole model.
+
+    The first piece has the embedding, the last one the final norm and the head, and a piece may be both.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layers: Sequence[int] | None = None, experts: Sequence[int] | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        layers = range(config.num_hidden_layers) if layers is None else layers
+        experts = range(config.n_routed_experts) if experts is None else experts
+        self.first, self.last = layers[0] == 0, layers[-1] == config.num_hidden_layers - 1
+        self.embed = Embedding(config.vocab_size, config.hidden_size) if self.first else None
+        self.layers = nn.ModuleDict({str(layer): Block(config, layer, experts) for layer in layers})
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if self.last else None
+        self.head = Linear(config.hidden_size, config.vocab_size) if self.last else None
+        self._rotations: dict[tuple[int, torch.device], Tensor] = {}
+
+    def rotations(self, length: int, device: torch.device) -> Tensor:
+        """RoPE's turns for a sequence length, made once."""
+        key = (length, device)
+        if key not in self._rotations:
+            self._rotations[key] = rotations(length, self.config.qk_rope_head_dim, self.config.rope_theta, device)
+        return self._rotations[key]
+
+    def blocks(self) -> Iterator[tuple[int, Block]]:
+        """(layer number, block) in order."""
+        for name, block in self.layers.items():
+            assert isinstance(block, Block)
+            yield int(name), block
+
+    def cross_entropy(self, x_BSD: Tensor, targets_BS: Tensor) -> Tensor:
+        """Final norm, head, and the summed cross-entropy in FP32."""
+        assert self.norm is not None and self.head is not None
+        logits_TV = self.head(self.norm(x_BSD)).flatten(0, 1)
+        return F.cross_entropy(logits_TV.float(), targets_BS.flatten(), reduction="sum")
+
+    def forward(self, tokens_BS: Tensor, targets_BS: Tensor, exchange: Exchange | None = None) -> Loss:
+        """The whole model under plain autograd: the reference that every parallel layout is compared with."""
+        assert self.embed is not None
+        exchange = exchange or LocalExchange(self.config.n_routed_experts)
+        turns = self.rotations(tokens_BS.shape[1], tokens_BS.device)
+        x_BSD = self.embed(tokens_BS)
+        balance = torch.zeros((), device=x_BSD.device)
+        for _, block in self.blocks():
+            x_BSD, layer_balance = block(x_BSD, turns, exchange)
+            if layer_balance is not None:
+                balance = balance + layer_balance
+        return Loss(self.cross_entropy(x_BSD, targets_BS), balance)
+
+
+def expert_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters that are split over the expert-parallel ranks."""
+    return {m.weight for m in model.modules() if isinstance(m, GroupedLinear)}
+
+
+@torch.no_grad()
+def initialise(model: Transformer, seed: int) -> None:
+    """Draw the initial parameters: normal with the configured deviation, norms one.
+
+    Every matrix has a generator of its own, seeded by (seed, name, global expert number), so that the values are the
+    same wherever a matrix lives and however many ranks share the model.
+    """
+    std = model.config.initializer_range
+    experts = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, GroupedLinear)}
+    for name, parameter in model.named_parameters():
+        if name in experts:
+            numbers = model.get_submodule(name.rsplit(".", 2)[0]).experts
+            for number, matrix in zip(numbers, parameter, strict=True):
+                _draw(matrix, f"{seed}:{name}:{number}", std)
+        elif parameter.ndim > 1:
+            _draw(parameter, f"{seed}:{name}", std)
+        else:
+            parameter.fill_(1.0)
+
+
+def _draw(matrix: Tensor, key: str, std: float) -> None:
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1)
+    matrix.copy_(torch.empty(matrix.shape).normal_(0.0, std, generator=generator))

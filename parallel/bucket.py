@@ -1,0 +1,114 @@
+"""The parameters of one stage that share a replica group, as flat buffers, and their sums and gathers.
+
+Every rank of the group holds the whole bucket in the compute dtype and its gradients in FP32, and owns one contiguous
+shard of it: the FP32 masters and moments (ZeRO-1). A step of the bucket is: sum the gradients over the group, update
+the own shard, gather the shards. Copies of a parameter, data-parallel or twin, are therefore the same bits afterwards:
+they are one rank's result.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One parameter's place: elements ``start`` .. ``start + numel`` of the bucket are elements ``offset`` ..
+    ``offset + numel`` of the parameter ``name``, which has ``total`` elements in the whole model."""
+
+    name: str
+    start: int
+    numel: int
+    offset: int
+    total: int
+    decayed: bool
+
+
+class Bucket:
+    """``named``: (name, parameter, first element of the whole parameter, elements of the whole parameter), in FP32;
+    their data moves into the flat buffer. ``group``: the ranks that hold the bucket, or None when this is the only one.
+    """
+
+    def __init__(
+        self,
+        named: Sequence[tuple[str, nn.Parameter, int, int]],
+        group: dist.ProcessGroup | None,
+        dtype: torch.dtype,
+    ) -> None:
+        # Matrices first: weight decay then applies to one range of every shard.
+        named = sorted(named, key=lambda item: item[1].ndim < 2)
+        self.group = group
+        self.replicas = 1 if group is None else dist.get_world_size(group)
+        position = 0 if group is None else dist.get_rank(group)
+        self.segments: list[Segment] = []
+        used = 0
+        for name, parameter, offset, total in named:
+            self.segments.append(Segment(name, used, parameter.numel(), offset, total, parameter.ndim >= 2))
+            used += parameter.numel()
+        unit = self.replicas * _ALIGNMENT
+        size = -(-used // unit) * unit
+        device = named[0][1].device
+        self.start, self.stop = position * size // self.replicas, (position + 1) * size // self.replicas
+        self.decay_stop = sum(s.numel for s in self.segments if s.decayed)
+        self.parameters = torch.zeros(size, dtype=dtype, device=device)
+        self.gradients = torch.zeros(size, device=device)
+        whole = torch.zeros(size, device=device)
+        self.buffers: dict[nn.Parameter, Tensor] = {}
+        for segment, (_, parameter, _, _) in zip(self.segments, named, strict=True):
+            place = slice(segment.start, segment.start + segment.numel)
+            whole[place] = parameter.detach().flatten()
+            parameter.data = self.parameters[place].view(parameter.shape)
+            self.buffers[parameter] = self.gradients[place].view(parameter.shape)
+        self.parameters.copy_(whole)
+        self.master = whole[self.start : self.stop].clone()
+        self._reducing: dist.Work | None = None
+
+    @property
+    def shard(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def gradient(self) -> Tensor:
+        """The own shard's gradient, summed once ``reduced`` has returned. FP32, a view."""
+        return self.gradients[self.shard]
+
+    def reduce(self) -> None:
+        """Start summing the gradients over the group."""
+        if self.group is None:
+            return
+        if dist.get_backend(self.group) == "nccl":
+            self._reducing = dist.reduce_scatter_tensor(self.gradient, self.gradients, group=self.group, async_op=True)
+        else:  # gloo has no reduce_scatter of its own
+            self._reducing = dist.all_reduce(self.gradients, group=self.group, async_op=True)
+
+    def reduced(self) -> None:
+        """Wait for ``reduce``."""
+        if self._reducing is not None:
+            self._reducing.wait()
+            self._reducing = None
+
+    def publish(self) -> None:
+        """Round the masters into the own part of the parameters."""
+        self.parameters[self.shard].copy_(self.master)
+
+    def gather(self) -> None:
+        """Make the bucket whole on every rank of the group."""
+        if self.group is not None:
+            dist.all_gather_into_tensor(self.parameters, self.parameters[self.shard].clone(), group=self.group)
+
+    def owned_segments(self) -> list[Segment]:
+        """The parts of parameters that lie in the own shard, ``start`` counted from the shard's beginning."""
+        owned = []
+        for s in self.segments:
+            first, last = max(s.start, self.start), min(s.start + s.numel, self.stop)
+            if first < last:
+                moved = first - s.start
+                owned.append(
+                    Segment(s.name, first - self.start, last - first, s.offset + moved, s.total, s.decayed)
+                )
+        return owned

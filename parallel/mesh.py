@@ -1,0 +1,82 @@
+"""Where a rank stands: rank <-> (pipeline, data, expert) coordinates and the groups that share something.
+
+World = pipeline x data, rank = pipeline index * data + data index, so that the ranks that run one pipeline position
+are contiguous. Expert parallelism lives inside the data axis, as DeepSeek-V3 does it: expert index = data index mod
+expert, so an expert group is contiguous too. A stage lives wherever some route of the schedule passes (DualPipe: on
+ranks p and P-1-p); the *replica group* of its parameters is all those positions x data, and for its routed experts
+only the data indices that hold the same experts.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ways the work is split along each axis. Raises ValueError, naming ``layout.KEY``."""
+
+    pipeline: int = 1
+    """Pipeline ranks."""
+    data: int = 1
+    """Replicas of the pipeline, each with its own sequences."""
+    expert: int = 1
+    """Ways in which the routed experts of a layer are split over data-parallel ranks."""
+
+    def __post_init__(self) -> None:
+        for key in ("pipeline", "data", "expert"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"layout.{key}={getattr(self, key)} must be at least 1")
+        if self.data % self.expert:
+            raise ValueError(f"layout.expert={self.expert} must divide layout.data ({self.data})")
+
+    @property
+    def world_size(self) -> int:
+        return self.pipeline * self.data
+
+    def rank(self, pipeline: int, data: int) -> int:
+        return pipeline * self.data + data
+
+    def pipeline_index(self, rank: int) -> int:
+        return rank // self.data
+
+    def data_index(self, rank: int) -> int:
+        return rank % self.data
+
+    def expert_index(self, rank: int) -> int:
+        return self.data_index(rank) % self.expert
+
+    def expert_group(self, rank: int) -> list[int]:
+        """The ranks that hold, together, every expert of this rank's layers, in the order of the experts."""
+        first = rank - self.expert_index(rank)
+        return list(range(first, first + self.expert))
+
+    def dense_replicas(self, positions: Sequence[int]) -> list[int]:
+        """The ranks that hold a copy of a stage that lives at these pipeline positions."""
+        return [self.rank(p, d) for p in sorted(set(positions)) for d in range(self.data)]
+
+    def expert_replicas(self, positions: Sequence[int], expert_index: int) -> list[int]:
+        """Those of ``dense_replicas`` that hold the routed experts of one expert index."""
+        return [r for r in self.dense_replicas(positions) if self.expert_index(r) == expert_index]
+
+
+class Groups:
+    """Process groups by their ranks. Collective: every rank of the world makes all of them, in the same order.
+
+    ``of`` gives None for a group of one, which has nobody to talk to.
+    """
+
+    def __init__(self, layout: Layout, routes: Iterable[Sequence[int]]) -> None:
+        stages = [set(positions) for positions in zip(*routes, strict=True)]
+        wanted = [layout.expert_group(rank) for rank in range(0, layout.world_size, layout.expert)]
+        for positions in stages:
+            wanted.append(layout.dense_replicas(sorted(positions)))
+            wanted += [layout.expert_replicas(sorted(positions), e) for e in range(layout.expert)]
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        for ranks in wanted:
+            if len(ranks) > 1 and tuple(ranks) not in self._groups:
+                self._groups[tuple(ranks)] = dist.new_group(ranks)
+
+    def of(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
+        return None if len(ranks) == 1 else self._groups[tuple(ranks)]

@@ -1,0 +1,68 @@
+"""What the optimizer is told: AdamW's constants and the learning rate of every step."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW over FP32 master weights. The constants are DeepSeek-V3's (report, 4.2).
+
+    Raises ValueError, naming ``optimizer.KEY``.
+    """
+
+    learning_rate: float = 2.2e-4
+    """Peak learning rate, reached at the end of the warm-up and held until the decay begins."""
+    final_learning_rate: float = 2.2e-5
+    """Learning rate of the run's last step, when there is a decay."""
+    warmup_steps: int = 2000
+    """Steps over which the learning rate rises linearly to its peak; 0 starts there."""
+    decay_steps: int = 0
+    """Steps at the end of the run over which a cosine goes from the peak to the final rate; 0 stays at the peak."""
+    beta1: float = 0.9
+    """Share of the first moment that a step keeps."""
+    beta2: float = 0.95
+    """Share of the second moment that a step keeps."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices, a fraction a step, times the learning rate."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; a longer gradient is scaled down to it."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Storage of both moments."""
+    backend: Literal["native", "deepspeed"] = "native"
+    """Who updates the owned shards: this project's AdamW or DeepSpeed's BF16 optimizer."""
+
+    def __post_init__(self) -> None:
+        for key in ("learning_rate", "epsilon", "clip_norm"):
+            if getattr(self, key) <= 0:
+                raise ValueError(f"optimizer.{key}={getattr(self, key)} must be above 0")
+        for key in ("warmup_steps", "decay_steps", "weight_decay"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"optimizer.{key}={getattr(self, key)} must not be negative")
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"optimizer.{key}={getattr(self, key)} must be at least 0 and below 1")
+        if self.decay_steps and not 0 <= self.final_learning_rate <= self.learning_rate:
+            raise ValueError(
+                f"optimizer.final_learning_rate={self.final_learning_rate} must be from 0 to "
+                f"optimizer.learning_rate ({self.learning_rate})"
+            )
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The learning rate of one step of a run of ``steps``; ``step`` counts from 0.
+
+    Linear warm-up, then constant, then a cosine over the last ``decay_steps`` that reaches the final rate on the last
+    step. In a run too short for both, the warm-up keeps its length and the decay takes what is left.
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    decay_steps = min(config.decay_steps, max(steps - config.warmup_steps, 0))
+    decayed = step - (steps - decay_steps) + 1
+    if decay_steps == 0 or decayed <= 0:
+        return config.learning_rate
+    remaining = 0.5 * (1 + math.cos(math.pi * min(decayed / decay_steps, 1)))
+    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * remaining

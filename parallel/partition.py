@@ -1,0 +1,58 @@
+"""Which layers make a stage: contiguous runs, balanced by what they cost.
+
+A stage's cost is its layers' plus, at the two ends, the embedding's (nothing to compute) and the head's. The cut
+minimises the most expensive stage, because in a pipeline everyone waits for it; among cuts with the same maximum the
+sum of squares decides, so that the rest is even too.
+"""
+
+from functools import cache
+
+from model.config import ModelConfig
+
+
+def layer_cost(config: ModelConfig, layer: int) -> float:
+    """Multiplications a token makes in one layer: its active weight elements (attention scores are left out: they are
+    the same in every layer)."""
+    c = config
+    heads = c.num_attention_heads
+    if c.q_lora_rank is None:
+        query = c.hidden_size * heads * c.qk_head_dim
+    else:
+        query = c.q_lora_rank * (c.hidden_size + heads * c.qk_head_dim)
+    key_value = c.hidden_size * (c.kv_lora_rank + c.qk_rope_head_dim)
+    key_value += c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim)
+    attention = query + key_value + heads * c.v_head_dim * c.hidden_size
+    if not c.is_moe(layer):
+        return attention + 3 * c.hidden_size * c.intermediate_size
+    experts = c.num_experts_per_tok + c.n_shared_experts
+    return attention + 3 * c.hidden_size * c.moe_intermediate_size * experts + c.hidden_size * c.n_routed_experts
+
+
+def partition(config: ModelConfig, stages: int) -> list[range]:
+    """The layers of each stage, in order; every stage has at least one.
+
+    Raises ValueError, naming ``model.num_hidden_layers``, when there are fewer layers than stages.
+    """
+    layers = config.num_hidden_layers
+    if layers < stages:
+        raise ValueError(f"model.num_hidden_layers={layers} must be at least the number of stages ({stages})")
+    costs = [layer_cost(config, layer) for layer in range(layers)]
+    head = config.hidden_size * config.vocab_size
+
+    @cache
+    def best(first: int, left: int) -> tuple[float, float, int]:
+        """(largest stage, sum of squares, end of the first stage) for layers ``first``.. in ``left`` stages."""
+        if left == 1:
+            cost = sum(costs[first:]) + head
+            return cost, cost * cost, layers
+        options = []
+        for end in range(first + 1, layers - left + 2):
+            cost = sum(costs[first:end])
+            largest, squares, _ = best(end, left - 1)
+            options.append((max(cost, largest), squares + cost * cost, end))
+        return min(options)
+
+    cuts = [0]
+    for left in range(stages, 0, -1):
+        cuts.append(best(cuts[-1], left)[2])
+    return [range(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]

@@ -1,0 +1,109 @@
+"""The end of a step, as the program calls it: REDUCE, STEP and GATHER over the stages that a rank holds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.bucket import Bucket
+from parallel.optimizer import AdamW, clip_scale
+from parallel.stage import ModelStage
+
+
+@dataclass
+class HeldStage:
+    """A stage as one rank holds it. ``replicas``: the group of all ranks with a copy of it (None: this is the only
+    one); ``counts``: this rank reports for the whole group, so that a copy's figures are counted once."""
+
+    stage: ModelStage
+    buckets: list[Bucket]
+    replicas: dist.ProcessGroup | None
+    counts: bool
+    loads_LE: Tensor | None = None
+    reducing: dist.Work | None = None
+
+    def loads(self) -> dict[int, Tensor]:
+        """Tokens of the whole step that chose each expert, by MoE layer; valid after STEP."""
+        return {} if self.loads_LE is None else dict(zip(self.stage.loads, self.loads_LE, strict=True))
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """What all ranks know after STEP. ``cross_entropy`` and ``balance`` are sums over the step (nats; balance without
+    alpha); ``expert_load``: the busiest expert's load over the mean, by MoE layer; ``stop``: some rank asked to stop.
+    """
+
+    cross_entropy: float
+    balance: float
+    grad_norm: float
+    expert_load: dict[int, float]
+    stop: bool
+
+
+class StepEnd:
+    """Runs the end of a step. ``begin`` before each program; ``sums`` after it."""
+
+    sums: StepSums
+
+    def __init__(self, held: Mapping[int, HeldStage], optimizer: AdamW, layers: int, clip_norm: float) -> None:
+        self.held, self.optimizer, self.layers, self.clip_norm = held, optimizer, layers, clip_norm
+
+    def begin(self, learning_rate: float, stop: bool) -> None:
+        self._learning_rate, self._stop = learning_rate, stop
+        for held in self.held.values():
+            for bucket in held.buckets:
+                bucket.gradients.zero_()
+
+    def reduce(self, stage: int) -> None:
+        held = self.held[stage]
+        for bucket in held.buckets:
+            bucket.reduce()
+        if held.stage.loads:
+            held.loads_LE = torch.stack(list(held.stage.loads.values()))
+            if held.replicas is not None:
+                held.reducing = dist.all_reduce(held.loads_LE, group=held.replicas, async_op=True)
+
+    def step(self) -> None:
+        for held in self.held.values():
+            for bucket in held.buckets:
+                bucket.reduced()
+            if held.reducing is not None:
+                held.reducing.wait()
+        self.sums = self._sums()
+        # A gradient that is not finite would be written into every master: the caller sees the norm and stops.
+        if self.sums.grad_norm == self.sums.grad_norm and self.sums.grad_norm != float("inf"):
+            self.optimizer.update(self._learning_rate, clip_scale(self.sums.grad_norm, self.clip_norm))
+            self._update_biases()
+
+    def gather(self, stage: int) -> None:
+        for bucket in self.held[stage].buckets:
+            bucket.gather()
+
+    def _update_biases(self) -> None:
+        for held in self.held.values():
+            loads = held.loads()
+            for layer, block in held.stage.model.blocks():
+                if block.router is not None:
+                    block.router.update_bias(loads[layer])
+
+    def _sums(self) -> StepSums:
+        """One all-reduce for everything that the ranks must agree on. In FP64: with some thousand ranks the order of
+        an FP32 sum would show in the reported loss."""
+        stages = [held.stage for held in self.held.values()]
+        vector = torch.zeros(4 + self.layers, dtype=torch.float64, device=stages[0].device)
+        for held in self.held.values():
+            for bucket in held.buckets:
+                vector[0] += torch.linalg.vector_norm(bucket.gradient, dtype=torch.float64).square()
+            vector[1] += held.stage.cross_entropy
+            vector[2] += held.stage.balance
+            if held.counts:
+                for layer, load_E in held.loads().items():
+                    vector[4 + layer] = load_E.max() / load_E.double().mean()
+        vector[3] = float(self._stop)
+        if dist.is_initialized():
+            dist.all_reduce(vector)
+        squares, cross_entropy, balance, stop, *loads = vector.tolist()
+        by_layer = {layer: load for layer, load in enumerate(loads) if load > 0}
+        return StepSums(cross_entropy, balance, squares**0.5, by_layer, stop > 0)

@@ -1,0 +1,109 @@
+"""Pipeline messages over torch.distributed. Every channel (source, destination, kind) is a FIFO of its own.
+
+On gloo a channel is a tag. On NCCL it is a communicator with its own stream, made eagerly: operations on one
+communicator complete in issue order, so that a receive posted early on a shared one would hold up the sends behind it.
+gloo cannot send from a GPU; there, messages pass through pinned host memory.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dualpipe.program import Kind, Message, Program, Receive, Send
+from parallel.mesh import Layout
+
+Channel = tuple[int, int, Kind]
+"""(source, destination, kind), ranks as pipeline positions."""
+
+
+def channels(programs: Iterable[Program]) -> list[Channel]:
+    """Every channel that the programs use, in an order that all ranks agree on."""
+    used = {
+        (rank, slot.peer, slot.message.kind) if isinstance(slot, Send) else (slot.peer, rank, slot.message.kind)
+        for program in programs
+        for rank, slots in enumerate(program.slots)
+        for slot in slots
+        if isinstance(slot, Send | Receive)
+    }
+    return sorted(used, key=lambda channel: (channel[0], channel[1], channel[2].value))
+
+
+def channel_groups(layout: Layout, used: Iterable[Channel]) -> dict[tuple[int, Channel], dist.ProcessGroup]:
+    """A communicator for every channel of every replica, keyed by (data index, channel). Collective: every rank of
+    the world makes all of them in the same order."""
+    groups = {}
+    for channel in used:
+        for data in range(layout.data):
+            source, destination, _ = channel
+            ranks = [layout.rank(source, data), layout.rank(destination, data)]
+            groups[data, channel] = dist.new_group(ranks)
+    return groups
+
+
+@dataclass
+class _Posted:
+    """A receive on its way: where it arrives, and for a GPU over gloo where it goes from there."""
+
+    work: dist.Work
+    buffer: Tensor
+    target: Tensor
+
+
+class PipelineTransport:
+    """One rank's messages. All have the shape and dtype of ``like``. ``groups`` as from ``channel_groups``, or None to
+    tell channels apart by tag on the default group."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        rank: int,
+        like: Tensor,
+        groups: Mapping[tuple[int, Channel], dist.ProcessGroup] | None = None,
+    ) -> None:
+        self._layout, self._like, self._groups = layout, like, groups
+        self._pipeline, self._data = layout.pipeline_index(rank), layout.data_index(rank)
+        self._staged = groups is None and like.is_cuda
+        self._posted: dict[Message, _Posted] = {}
+        self._leaving: deque[tuple[dist.Work, Tensor]] = deque()
+        self.bytes_sent = 0
+
+    def send(self, message: Message, peer: int, tensor: Tensor) -> None:
+        assert tensor.shape == self._like.shape and tensor.dtype == self._like.dtype, (message, tensor.shape)
+        outgoing = tensor.contiguous()
+        if self._staged:
+            outgoing = torch.empty_like(outgoing, device="cpu", pin_memory=True).copy_(outgoing)
+        group, tag = self._route(self._pipeline, peer, message.kind)
+        work = dist.isend(outgoing, self._layout.rank(peer, self._data), group=group, tag=tag)
+        assert work is not None
+        self._leaving.append((work, outgoing))
+        self.bytes_sent += outgoing.nbytes
+        while self._leaving and self._leaving[0][0].is_completed():
+            self._leaving.popleft()
+
+    def receive(self, message: Message, peer: int) -> None:
+        target = torch.empty_like(self._like)
+        buffer = torch.empty_like(target, device="cpu", pin_memory=True) if self._staged else target
+        group, tag = self._route(peer, self._pipeline, message.kind)
+        work = dist.irecv(buffer, self._layout.rank(peer, self._data), group=group, tag=tag)
+        assert work is not None
+        self._posted[message] = _Posted(work, buffer, target)
+
+    def wait(self, message: Message, peer: int) -> Tensor:
+        posted = self._posted.pop(message)
+        posted.work.wait()
+        if posted.buffer is not posted.target:
+            posted.target.copy_(posted.buffer)
+        return posted.target
+
+    def flush(self) -> None:
+        while self._leaving:
+            self._leaving.popleft()[0].wait()
+
+    def _route(self, source: int, destination: int, kind: Kind) -> tuple[dist.ProcessGroup | None, int]:
+        if self._groups is None:
+            return None, list(Kind).index(kind)
+        return self._groups[self._data, (source, destination, kind)], 0

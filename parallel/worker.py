@@ -1,0 +1,186 @@
+"""One rank of a training job: builds its stages, groups and optimizer, and runs steps."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dualpipe.lower import lower
+from dualpipe.program import Program
+from dualpipe.runtime import Interpreter
+from dualpipe.schedules import generate
+from dualpipe.schedules.dualpipe import forward_only
+from model.config import ModelConfig
+from model.exchange import Exchange, LocalExchange
+from model.linear import WeightGradients, own
+from model.transformer import Transformer, expert_parameters, initialise
+from parallel.bucket import Bucket
+from parallel.exchange import FlatExchange
+from parallel.mesh import Groups, Layout
+from parallel.optimizer import AdamW
+from parallel.optimizer_config import OptimizerConfig
+from parallel.partition import partition
+from parallel.stage import PADDING, ModelStage, StepScale
+from parallel.step_end import HeldStage, StepEnd
+from parallel.transport import PipelineTransport, channel_groups, channels
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained and how it is split. Sizes in sequences and tokens; ``dtype`` is that of activations and of the
+    parameters that compute."""
+
+    model: ModelConfig
+    layout: Layout
+    schedule: str
+    dtype: torch.dtype
+    device: torch.device
+    seed: int
+    sequence_length: int
+    global_batch_size: int
+    micro_batch_size: int
+    optimizer: OptimizerConfig
+
+    @property
+    def microbatches(self) -> int:
+        """Micro-batches a replica runs in one step, both directions together."""
+        return self.global_batch_size // (self.layout.data * self.micro_batch_size)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One training step. ``loss`` is the mean over target tokens of the cross-entropy (nats) plus the weighted balance
+    loss; ``expert_load``: busiest over mean, by MoE layer; ``peak_activations`` are this rank's own."""
+
+    loss: float
+    cross_entropy: float
+    balance_loss: float
+    grad_norm: float
+    expert_load: dict[int, float]
+    stop: bool
+    peak_activations: int
+
+
+class Worker:
+    """``rank`` of the world; torch.distributed is initialised, unless the world is this one process."""
+
+    def __init__(self, job: Job, rank: int) -> None:
+        self.job, self.rank = job, rank
+        layout = job.layout
+        self.position, self.replica = layout.pipeline_index(rank), layout.data_index(rank)
+        self.program = lower(generate(job.schedule, layout.pipeline, job.microbatches))
+        self.groups = Groups(layout, self.program.routes)
+        self.held = {stage: self._hold(stage) for stage in sorted(self.program.stages_of(self.position))}
+        buckets = [bucket for held in self.held.values() for bucket in held.buckets]
+        self.optimizer = AdamW(job.optimizer, buckets)
+        self.end = StepEnd(self.held, self.optimizer, job.model.num_hidden_layers, job.optimizer.clip_norm)
+        self._evaluation: dict[int, Program] = {}
+        like = torch.empty(
+            job.micro_batch_size, job.sequence_length, job.model.hidden_size, dtype=job.dtype, device=job.device
+        )
+        nccl = layout.pipeline > 1 and dist.get_backend() == "nccl"
+        groups = channel_groups(layout, channels([self.program])) if nccl else None
+        self.transport = PipelineTransport(layout, rank, like, groups)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether this rank holds an end of the pipeline, and so reads tokens or targets."""
+        return any(held.stage.model.first or held.stage.model.last for held in self.held.values())
+
+    def rows(self, sequences: int) -> tuple[int, int]:
+        """(first, count) of this replica's sequences in a batch of ``sequences``."""
+        count = sequences // self.job.layout.data
+        return self.replica * count, count
+
+    def train_step(self, tokens: Tensor | None, learning_rate: float, stop: bool = False) -> StepResult:
+        """``tokens``: this replica's rows of the global batch, [rows, S+1] int64, or None where ``needs_data`` is
+        false. ``stop``: ask all ranks to stop after this step."""
+        job = self.job
+        scale = StepScale(job.global_batch_size * job.sequence_length, job.global_batch_size)
+        self._begin(tokens, scale, training=True)
+        self.end.begin(learning_rate, stop)
+        report = self._run(self.program, self.end)
+        sums = self.end.sums
+        cross_entropy = sums.cross_entropy / scale.tokens
+        balance = job.model.balance_loss_alpha * sums.balance / scale.sequences
+        return StepResult(
+            cross_entropy + balance,
+            cross_entropy,
+            balance,
+            sums.grad_norm,
+            sums.expert_load,
+            sums.stop,
+            report,
+        )
+
+    def evaluation_batch(self, sequences: int) -> int:
+        """Sequences that an evaluation of ``sequences`` runs, padding included."""
+        unit = self.job.layout.data * self.job.micro_batch_size * len(self.program.routes)
+        return -(-sequences // unit) * unit
+
+    def evaluate(self, tokens: Tensor | None, sequences: int) -> float:
+        """Summed cross-entropy (nats) over ``evaluation_batch(sequences)`` sequences, of which ``tokens`` are this
+        replica's rows; rows of ``PADDING`` count for nothing."""
+        job = self.job
+        microbatches = self.evaluation_batch(sequences) // (job.layout.data * job.micro_batch_size)
+        if microbatches not in self._evaluation:
+            self._evaluation[microbatches] = lower(forward_only(job.layout.pipeline, microbatches), training=False)
+        self._begin(tokens, StepScale(1, 1), training=False)
+        with torch.no_grad():
+            self._run(self._evaluation[microbatches], None)
+        total = torch.zeros((), dtype=torch.float64, device=job.device)
+        for held in self.held.values():
+            total += held.stage.cross_entropy
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        return total.item()
+
+    def _begin(self, tokens: Tensor | None, scale: StepScale, training: bool) -> None:
+        parts: Mapping[int, Tensor] = {}
+        if tokens is not None:
+            parts = dict(enumerate(tokens.to(self.job.device).split(self.job.micro_batch_size)))
+        for held in self.held.values():
+            held.stage.begin(parts, scale, training)
+
+    def _run(self, program: Program, end: StepEnd | None) -> int:
+        stages = {stage: held.stage for stage, held in self.held.items()}
+        return Interpreter(program, self.position, stages, self.transport, end).run().peak_activations
+
+    def _hold(self, stage: int) -> HeldStage:
+        job, layout = self.job, self.job.layout
+        config = job.model
+        each = config.n_routed_experts // layout.expert
+        first = layout.expert_index(self.rank) * each
+        layers = partition(config, self.program.stages)[stage]
+        with torch.device(job.device):
+            model = Transformer(config, layers, range(first, first + each))
+        initialise(model, job.seed)
+
+        positions = [route[stage] for route in self.program.routes]
+        replicas = layout.dense_replicas(positions)
+        dense, routed = [], []
+        split = expert_parameters(model)
+        for name, parameter in model.named_parameters():
+            count = parameter.numel()
+            if parameter in split:
+                routed.append((name, parameter, layout.expert_index(self.rank) * count, count * layout.expert))
+            else:
+                dense.append((name, parameter, 0, count))
+        buckets = [Bucket(dense, self.groups.of(replicas), job.dtype)]
+        if routed:
+            group = self.groups.of(layout.expert_replicas(positions, layout.expert_index(self.rank)))
+            buckets.append(Bucket(routed, group, job.dtype))
+        gradients = WeightGradients({p: g for bucket in buckets for p, g in bucket.buffers.items()})
+        own(model, gradients)
+
+        exchange: Exchange = LocalExchange(each)
+        expert_group = self.groups.of(layout.expert_group(self.rank))
+        if expert_group is not None:
+            exchange = FlatExchange(expert_group, each)
+        held = ModelStage(model, gradients, exchange, job.device)
+        return HeldStage(held, buckets, self.groups.of(replicas), counts=self.rank == replicas[0])
+
+
+__all__ = ["PADDING", "Job", "StepResult", "Worker"]
