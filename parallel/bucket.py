@@ -15,6 +15,10 @@ from torch import Tensor, nn
 
 _ALIGNMENT = 64
 
+# torch 2.13 renamed both and warns of the old names; 2.10 to 2.12 have only those.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -82,8 +86,8 @@ class Bucket:
         if self.group is None:
             return
         if dist.get_backend(self.group) == "nccl":
-            self._reducing = dist.reduce_scatter_tensor(self.gradient, self.gradients, group=self.group, async_op=True)
-        else:  # gloo has no reduce_scatter of its own
+            self._reducing = _reduce_scatter(self.gradient, self.gradients, group=self.group, async_op=True)
+        else:  # on gloo this beats reduce_scatter
             self._reducing = dist.all_reduce(self.gradients, group=self.group, async_op=True)
 
     def reduced(self) -> None:
@@ -99,7 +103,7 @@ class Bucket:
     def gather(self) -> None:
         """Make the bucket whole on every rank of the group."""
         if self.group is not None:
-            dist.all_gather_into_tensor(self.parameters, self.parameters[self.shard].clone(), group=self.group)
+            _all_gather(self.parameters, self.parameters[self.shard].clone(), group=self.group)
 
     def owned_segments(self) -> list[Segment]:
         """The parts of parameters that lie in the own shard, ``start`` counted from the shard's beginning."""

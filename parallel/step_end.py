@@ -1,5 +1,6 @@
 """The end of a step, as the program calls it: REDUCE, STEP and GATHER over the stages that a rank holds."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -72,8 +73,8 @@ class StepEnd:
             if held.reducing is not None:
                 held.reducing.wait()
         self.sums = self._sums()
-        # A gradient that is not finite would be written into every master: the caller sees the norm and stops.
-        if self.sums.grad_norm == self.sums.grad_norm and self.sums.grad_norm != float("inf"):
+        # A gradient that is not finite would spoil every master: leave them be, and let the caller see the norm.
+        if math.isfinite(self.sums.grad_norm):
             self.optimizer.update(self._learning_rate, clip_scale(self.sums.grad_norm, self.clip_norm))
             self._update_biases()
 

@@ -1,5 +1,6 @@
 """One rank of a training job: builds its stages, groups and optimizer, and runs steps."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from parallel.mesh import Groups, Layout
 from parallel.optimizer import AdamW
 from parallel.optimizer_config import OptimizerConfig
 from parallel.partition import partition
-from parallel.stage import PADDING, ModelStage, StepScale
+from parallel.stage import ModelStage, StepScale
 from parallel.step_end import HeldStage, StepEnd
 from parallel.transport import PipelineTransport, channel_groups, channels
 
@@ -61,6 +62,11 @@ class StepResult:
     expert_load: dict[int, float]
     stop: bool
     peak_activations: int
+
+    @property
+    def finite(self) -> bool:
+        """Whether the step was taken: without a finite gradient norm nothing was updated."""
+        return math.isfinite(self.grad_norm) and math.isfinite(self.loss)
 
 
 class Worker:
@@ -122,7 +128,7 @@ class Worker:
 
     def evaluate(self, tokens: Tensor | None, sequences: int) -> float:
         """Summed cross-entropy (nats) over ``evaluation_batch(sequences)`` sequences, of which ``tokens`` are this
-        replica's rows; rows of ``PADDING`` count for nothing."""
+        replica's rows; rows of ``stage.PADDING`` count for nothing."""
         job = self.job
         microbatches = self.evaluation_batch(sequences) // (job.layout.data * job.micro_batch_size)
         if microbatches not in self._evaluation:
@@ -181,6 +187,3 @@ class Worker:
             exchange = FlatExchange(expert_group, each)
         held = ModelStage(model, gradients, exchange, job.device)
         return HeldStage(held, buckets, self.groups.of(replicas), counts=self.rank == replicas[0])
-
-
-__all__ = ["PADDING", "Job", "StepResult", "Worker"]

@@ -1,0 +1,47 @@
+# From a fresh clone to a trained model: `make train`. Recipes work from any working directory (make -C, make -f).
+
+ROOT := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
+VENV := $(ROOT)/.venv
+# Python that makes the environment, 3.10 or newer.
+PYTHON ?= python3
+# Options for pip, such as --index-url https://download.pytorch.org/whl/cpu for torch's CPU build.
+PIP_ARGS ?=
+# Overrides for train (train.steps=20), options for test (-k router).
+ARGS ?=
+
+INSTALL = cd "$(ROOT)" && "$(VENV)/bin/python" -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help train test check clean
+
+help:
+	@echo "make train [ARGS='train.steps=20']   train configs/tiny-cpu.yaml, with overrides"
+	@echo "make test  [ARGS='-k router']        run the tests"
+	@echo "make check                           lint, format and types"
+	@echo "make clean                           remove the environment and caches; runs/ stays"
+
+train: $(VENV)/.installed
+	cd "$(ROOT)" && "$(VENV)/bin/dualpipe" train configs/tiny-cpu.yaml $(ARGS)
+
+test: $(VENV)/.installed
+	cd "$(ROOT)" && "$(VENV)/bin/python" -m pytest $(ARGS)
+
+check: $(VENV)/.installed-dev
+	cd "$(ROOT)" && "$(VENV)/bin/ruff" check .
+	cd "$(ROOT)" && "$(VENV)/bin/ruff" format --check .
+	cd "$(ROOT)" && "$(VENV)/bin/mypy"
+
+clean:
+	cd "$(ROOT)" && rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/bin/python:
+	"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	"$(PYTHON)" -m venv "$(VENV)"
+
+$(VENV)/.installed: $(ROOT)/setup.py $(ROOT)/constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e '.[test]'
+	touch "$@"
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(INSTALL) -e '.[dev]'
+	touch "$@"

@@ -1,0 +1,37 @@
+"""``dualpipe COMMAND``: finds the command and hands over. Commands are imported when they are asked for, so that those
+that need no torch start without it."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "train": "train a model, or go on with a run",
+    "simulate": "how long a pipeline schedule takes, and what waits for what",
+}
+
+USAGE = """usage: dualpipe COMMAND ...
+
+{commands}
+
+'dualpipe COMMAND --help' says more; example: dualpipe train configs/tiny-cpu.yaml train.steps=20
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: the command's; 2 for a command that there is not."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    usage = USAGE.format(commands="\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items()))
+    if words[:1] in (["--help"], ["-h"]):
+        print(usage, end="")
+        return 0
+    if not words or words[0] not in COMMANDS:
+        given = f"error: {words[0]!r} is not a command\n" if words else ""
+        print(given + usage, end="", file=sys.stderr)
+        return 2
+    status: int = import_module(f"launch.{words[0]}").main(words[1:])
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

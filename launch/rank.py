@@ -1,0 +1,121 @@
+"""What a process needs to know and do to be one rank: its place, its device, its group, its signals."""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from launch.config import Config, ConfigError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where torchrun put this process."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+def place(environment: Mapping[str, str]) -> Place | None:
+    """This process's place, or None when nobody launched it as a rank. Raises ConfigError for half a place."""
+    if "RANK" not in environment:
+        return None
+    try:
+        return Place(*(int(environment[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"the environment has RANK but not all of torchrun's variables: {error}") from None
+
+
+def device_of(config: Config, here: Place) -> torch.device:
+    """The device of a rank. Raises ConfigError when CUDA is asked for and there is none for it."""
+    wanted = config.train.device
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if here.local_rank >= count:
+        raise ConfigError(
+            f"train.device={wanted} needs a GPU for each of the {here.local_world_size} ranks on this node; "
+            f"it has {count}"
+        )
+    return torch.device("cuda", here.local_rank)
+
+
+def prepare(config: Config, here: Place, device: torch.device) -> None:
+    """Threads, memory and the process group."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(config.train.threads or max(1, cores // here.local_world_size))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        keep_memory()
+    die_with_parent()
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=config.train.timeout_seconds),
+    )
+
+
+def keep_memory() -> None:
+    """Tell glibc to keep freed memory instead of giving it back: activations of megabytes come and go all the time,
+    and zeroing fresh pages for each of them costs more than computing it. Elsewhere than on glibc, do nothing."""
+    trim_threshold, mmap_threshold = -1, -3
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process when its parent ends, however that ends: a killed launcher leaves no orphans.
+    Linux only; elsewhere do nothing."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def together(function: Callable[[], Result], errors: tuple[type[Exception], ...]) -> Result:
+    """Call ``function`` on every rank; when any rank raises one of ``errors``, all raise the first of them, so that
+    nobody goes on alone into a collective. Collective."""
+    failure, result = None, None
+    try:
+        result = function()
+    except errors as error:
+        failure = error
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, None if failure is None else str(failure))
+    first = next((text for text in box if text is not None), None)
+    if first is not None:
+        raise ConfigError(first) from failure
+    return result  # type: ignore[return-value]
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM asks the run to stop after the step at hand; asked again, it stops at once.
+
+    One Ctrl-C reaches a rank twice, from the terminal and from the launcher: what follows within two seconds is the
+    same request.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._when = 0.0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.signal is not None and time.monotonic() - self._when > 2:
+            os._exit(128 + number)
+        if self.signal is None:
+            self.signal, self._when = number, time.monotonic()

@@ -1,0 +1,81 @@
+"""A run is a folder: what was asked for, what happened, and the state to go on from.
+
+    config.yaml       the configuration as resolved at the last start
+    data.json         the fingerprint of the text that the run trains on
+    metrics.jsonl     one object a step            events.jsonl      starts, ends, failures
+    checkpoints/      what a restart goes on from  failures/         a traceback for every rank that failed
+    lock              held while a run is training
+"""
+
+import errno
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import TextIO
+
+from launch.config import Config, ConfigError, dump, load, resume_differences
+from launch.metrics import EventLog
+
+
+class RunFolder:
+    """The paths of a run and the rules for using an existing one. Nothing is made until ``open``."""
+
+    def __init__(self, config: Config) -> None:
+        self.path = Path(config.run.dir)
+        self.config_file = self.path / "config.yaml"
+        self.data_file = self.path / "data.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.failures = self.path / "failures"
+        self.events = EventLog(self.path / "events.jsonl")
+
+    def changes(self, config: Config, fingerprint: str) -> list[str]:
+        """What differs, allowed, from the run that the folder holds; none for a new run.
+
+        Raises ConfigError when something differs that would make it another run.
+        """
+        if not self.config_file.exists():
+            if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
+                raise ConfigError(f"run.dir={self.path} has checkpoints but no config.yaml: it is no run to go on with")
+            return []
+        refused, recorded = resume_differences(load(self.config_file), config)
+        if refused:
+            raise ConfigError(
+                f"run.dir={self.path} holds another run ({'; '.join(refused)}): choose another run.dir, "
+                f"or give the values of the run"
+            )
+        try:
+            stored = json.loads(self.data_file.read_text())["fingerprint"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"run.dir={self.path} has a damaged data.json ({error})") from None
+        if stored != fingerprint:
+            raise ConfigError(
+                f"data.source={config.data.source!r} holds other text than the run in run.dir={self.path} trained on "
+                f"(SHA-256 {fingerprint[:12]}, the run has {stored[:12]}; 'stdlib' differs between Python versions)"
+            )
+        return [line for line in recorded if not line.startswith("run.dir:")]
+
+    def open(self, config: Config, fingerprint: str) -> TextIO:
+        """Make the folder, note what is run, and take the lock, which is held until the file returned is closed.
+
+        Raises ConfigError when it cannot be written or another process is training in it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / "lock").open("a+")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _write(self.config_file, dump(config))
+            _write(self.data_file, json.dumps({"source": config.data.source, "fingerprint": fingerprint}) + "\n")
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES) and not isinstance(error, PermissionError):
+                raise ConfigError(f"run.dir={self.path} is in use: another process is training in it") from None
+            raise ConfigError(f"run.dir={self.path} must be a folder that can be written: {error.strerror}") from None
+        return lock
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file whole, so that a crash leaves the old one or the new one."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)

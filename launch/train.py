@@ -1,0 +1,107 @@
+"""``dualpipe train CONFIG [key=value ...]``: train a model, or go on with a run.
+
+Under torchrun this is one rank; otherwise it starts the ranks of the layout on this machine itself (``local.py``).
+
+    dualpipe train configs/tiny-cpu.yaml train.steps=20
+    torchrun --nnodes 16 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+        -m launch.train configs/X.yaml
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from launch.config import Config, ConfigError, check_world_size, load
+from launch.data import DataError, open_dataset
+from launch.run_folder import RunFolder
+
+USER_ERROR = 2
+FAILED = 1
+
+
+def parser() -> argparse.ArgumentParser:
+    command = argparse.ArgumentParser(
+        prog="dualpipe train",
+        description="Train a model through a pipeline schedule, or go on with the run in run.dir.",
+        epilog="example: dualpipe train configs/tiny-cpu.yaml train.steps=20 run.dir=runs/short",
+    )
+    command.add_argument("config", metavar="CONFIG", help="YAML file with the configuration")
+    command.add_argument("overrides", metavar="key=value", nargs="*", help="values that replace those of the file")
+    command.add_argument("--json", action="store_true", help="print nothing but the summary, as one JSON object")
+    return command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 trained, 2 bad input, 1 failed, 128 + N stopped by signal N."""
+    arguments = parser().parse_args(argv)
+    return as_rank(arguments) if "RANK" in os.environ else as_launcher(arguments)
+
+
+def as_launcher(arguments: argparse.Namespace) -> int:
+    """Refuse what can be refused before any rank exists, then start all ranks on this machine."""
+    try:
+        config = load(arguments.config, arguments.overrides)
+        RunFolder(config).changes(config, open_dataset(config).fingerprint)
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    from launch.local import start
+
+    return start(config, arguments)
+
+
+def as_rank(arguments: argparse.Namespace) -> int:
+    """One rank's whole life. What every rank refuses alike, rank 0 says for all of them."""
+    try:
+        config = load(arguments.config, arguments.overrides)
+        from launch.rank import device_of, place, prepare
+
+        here = place(os.environ)
+        assert here is not None
+        check_world_size(config, here.world_size)
+        device = device_of(config, here)
+        prepare(config, here, device)
+        folder = RunFolder(config)
+        from launch.trainer import Trainer
+
+        try:
+            return Trainer(config, here.rank, device, folder, arguments).run()
+        except Exception as error:
+            if is_users(error):
+                raise
+            _write_failure(folder, here.rank, error)
+            return FAILED
+    except Exception as error:
+        if not is_users(error):
+            raise
+        if os.environ["RANK"] == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR
+
+
+def is_users(error: Exception) -> bool:
+    """Whether an error is about what the user gave, and its one line is all there is to say."""
+    from parallel.checkpoint import CheckpointError
+
+    return isinstance(error, (ConfigError, DataError, CheckpointError))
+
+
+def _write_failure(folder: RunFolder, rank: int, error: Exception) -> None:
+    """One line for the person, the traceback in the run folder for the engineer."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    place = ""
+    try:
+        folder.failures.mkdir(parents=True, exist_ok=True)
+        file = folder.failures / f"rank-{rank}.txt"
+        file.write_text("".join(traceback.format_exception(error)))
+        folder.events.write("failed", rank=rank, error=f"{type(error).__name__}: {line}")
+        place = f" (traceback in {file})"
+    except OSError:
+        traceback.print_exception(error)
+    print(f"error: rank {rank}: {type(error).__name__}: {line}{place}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

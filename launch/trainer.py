@@ -1,0 +1,233 @@
+"""The training loop of one rank: resume, step, measure, validate, checkpoint, and say how it went."""
+
+import argparse
+import json
+import resource
+import signal
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+
+from launch.config import Config, ConfigError
+from launch.data import DataError, bits_per_byte, open_dataset
+from launch.metrics import LiveView, MetricsLog, print_summary
+from launch.rank import StopRequest, together
+from launch.run_folder import RunFolder
+from parallel import checkpoint
+from parallel.checkpoint import CheckpointError, Progress
+from parallel.optimizer_config import learning_rate
+from parallel.stage import PADDING
+from parallel.worker import Job, StepResult, Worker
+
+
+class Trainer:
+    """Rank 0 is the one that writes the run folder and talks to whoever watches."""
+
+    def __init__(
+        self, config: Config, rank: int, device: torch.device, folder: RunFolder, arguments: argparse.Namespace
+    ) -> None:
+        self.config, self.rank, self.device, self.folder, self.arguments = config, rank, device, folder, arguments
+        self.leads = rank == 0
+        self.progress = Progress(step=0, sequences=0)
+
+    def run(self) -> int:
+        """Train to ``train.steps``. Exit status 0, or 128 + N when signal N asked to stop."""
+        stop = StopRequest()
+        config = self.config
+        torch.manual_seed(config.train.seed + self.rank)
+        self.data = together(lambda: open_dataset(config), (DataError,))
+        lock = together(self._open_folder, (ConfigError,))
+        try:
+            self.worker = Worker(_job(config, self.device), self.rank)
+            self._resume()
+            stopped = self._train(stop)
+        finally:
+            if lock is not None:
+                lock.close()
+        return 128 + stopped if stopped else 0
+
+    def _open_folder(self) -> TextIO | None:
+        """Check and open the run folder on rank 0; the others trust it."""
+        if not self.leads:
+            return None
+        changes = self.folder.changes(self.config, self.data.fingerprint)
+        lock = self.folder.open(self.config, self.data.fingerprint)
+        self.folder.events.write("start", world_size=dist.get_world_size(), changed=changes)
+        for change in changes:
+            self._say(f"changed since the last start: {change}")
+        return lock
+
+    def _resume(self) -> None:
+        """Go on from the newest complete checkpoint, if there is one."""
+        found = together(self._newest, (CheckpointError,))
+        box = [found]
+        dist.broadcast_object_list(box)
+        if box[0] is None:
+            return
+        self.progress = checkpoint.load(box[0], self.worker)
+        if self.leads:
+            self.folder.events.write("resume", step=self.progress.step, checkpoint=str(box[0]))
+            self._say(f"resuming from {box[0]}, after step {self.progress.step}")
+
+    def _newest(self) -> Path | None:
+        if not self.leads:
+            return None
+        there = checkpoint.published(self.folder.checkpoints)
+        lacking = ""
+        for path in reversed(there):
+            what = checkpoint.missing(path)
+            if what is None:
+                return path
+            lacking = f"checkpoint {path} is incomplete: {what}"
+            self._say(f"skipping {lacking[len('checkpoint '):]}")
+        if there:
+            raise CheckpointError(f"{lacking}; no other is complete, so run.dir={self.folder.path} cannot go on")
+        return None
+
+    def _train(self, stop: StopRequest) -> int:
+        """The loop; returns the signal that ended it early, or 0."""
+        train, every, saved = self.config.train, self.config.checkpoint.every, self.progress.step
+        log = MetricsLog(self.folder.metrics_file, self.progress.step) if self.leads else None
+        validation, stopped = None, False
+        with LiveView(train.steps, self.progress.step, quiet=not self.leads or self.arguments.json) as view:
+            while self.progress.step < train.steps and not stopped:
+                entry, stopped = self._step(stop.signal is not None)
+                step = self.progress.step
+                validation = None
+                if step == train.steps or (train.validate_every and step % train.validate_every == 0):
+                    validation = entry["validation_bits_per_byte"] = self._validate()
+                if log is not None:
+                    log.append(entry)
+                    view.update(
+                        step,
+                        loss=entry["loss"],
+                        grad_norm=entry["grad_norm"],
+                        tokens_per_second=entry["tokens_per_second"],
+                        expert_load=max(entry["expert_load"].values(), default=None),
+                    )
+                if every and step % every == 0:
+                    saved = self._save()
+            if self.progress.step > saved:
+                self._save()
+        stopped = stopped and self.progress.step < train.steps
+        if validation is None and not stopped:
+            validation = self._validate()
+        if log is not None:
+            self._finish(log, validation, stopped)
+        return (stop.signal or signal.SIGINT) if stopped else 0
+
+    def _step(self, stop: bool) -> tuple[dict[str, Any], bool]:
+        """One optimizer step: what ``metrics.jsonl`` says about it, and whether any rank was asked to stop."""
+        train, worker = self.config.train, self.worker
+        rate = learning_rate(self.config.optimizer, self.progress.step, train.steps)
+        began = time.perf_counter()
+        tokens = None
+        if worker.needs_data:
+            first, count = worker.rows(train.global_batch_size)
+            tokens = torch.from_numpy(self.data.visits(self.progress.sequences + first, count))
+        result = worker.train_step(tokens, rate, stop)
+        seconds = time.perf_counter() - began
+        if not result.finite:
+            raise FloatingPointError(
+                f"loss {result.loss} and gradient norm {result.grad_norm} at step {self.progress.step + 1}: "
+                f"the step was not taken"
+            )
+        self.progress = Progress(self.progress.step + 1, self.progress.sequences + train.global_batch_size)
+        tokens_seen = train.global_batch_size * train.sequence_length
+        return _entry(self.progress.step, result, rate, tokens_seen, seconds), result.stop
+
+    def _validate(self) -> float | None:
+        """Bits per byte over the validation sequences; None when there are none to score."""
+        worker, length = self.worker, self.config.train.sequence_length
+        rows = torch.from_numpy(self.data.validation_sequences(self.config.data.validation_sequences))
+        if not len(rows):
+            return None
+        padded = torch.full((worker.evaluation_batch(len(rows)), length + 1), PADDING)
+        padded[: len(rows)] = rows
+        first, count = worker.rows(len(padded))
+        total = worker.evaluate(padded[first : first + count] if worker.needs_data else None, len(rows))
+        return bits_per_byte(total, len(rows) * length)
+
+    def _save(self) -> int:
+        path = checkpoint.save(self.folder.checkpoints, self.worker, self.progress, self.config.checkpoint.keep)
+        if self.leads:
+            self.folder.events.write("checkpoint", step=self.progress.step, path=str(path))
+        return self.progress.step
+
+    def _finish(self, log: MetricsLog, validation: float | None, stopped: bool) -> None:
+        entries = log.entries()
+        log.close()
+        self.folder.events.write("stop" if stopped else "end", step=self.progress.step)
+        if self.arguments.json:
+            print(json.dumps(_summary(entries, validation, self.folder.path, stopped)))
+        elif stopped:
+            self._say(
+                f"stopped after step {self.progress.step}, with a checkpoint of it; to go on, give the same command"
+            )
+        else:
+            print_summary(
+                entries,
+                validation_bits_per_byte=validation,
+                run_dir=str(self.folder.path),
+                config_path=self.arguments.config,
+                overrides=self.arguments.overrides,
+            )
+
+    def _say(self, text: str) -> None:
+        print(text, file=sys.stderr if self.arguments.json else sys.stdout, flush=True)
+
+
+def _job(config: Config, device: torch.device) -> Job:
+    train = config.train
+    return Job(
+        model=config.model,
+        layout=config.layout,
+        schedule=config.schedule.name,
+        dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.compute],
+        device=device,
+        seed=train.seed,
+        sequence_length=train.sequence_length,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        optimizer=config.optimizer,
+    )
+
+
+def _entry(step: int, result: StepResult, rate: float, tokens: int, seconds: float) -> dict[str, Any]:
+    """A line of ``metrics.jsonl``. Loads are by layer, the busiest expert over the mean; memory is rank 0's peak."""
+    memory = {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if torch.cuda.is_initialized():
+        memory["device_bytes"] = torch.cuda.max_memory_allocated()
+    return {
+        "step": step,
+        "loss": result.loss,
+        "cross_entropy": result.cross_entropy,
+        "balance_loss": result.balance_loss,
+        "grad_norm": result.grad_norm,
+        "lr": rate,
+        "tokens": tokens,
+        "step_seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "expert_load": {str(layer): load for layer, load in result.expert_load.items()},
+        "peak_activations": result.peak_activations,
+        "memory": memory,
+    }
+
+
+def _summary(entries: list[dict[str, Any]], validation: float | None, run: Path, stopped: bool) -> dict[str, Any]:
+    """The end of a run as one object, for ``--json``."""
+    return {
+        "run_dir": str(run),
+        "steps": entries[-1]["step"] if entries else 0,
+        "stopped": stopped,
+        "loss_first": entries[0]["loss"] if entries else None,
+        "loss_last": entries[-1]["loss"] if entries else None,
+        "validation_bits_per_byte": validation,
+        "step_seconds": statistics.median(e["step_seconds"] for e in entries) if entries else None,
+        "tokens_per_second": statistics.median(e["tokens_per_second"] for e in entries) if entries else None,
+    }

@@ -1,0 +1,261 @@
+"""Checkpoints: every rank writes what it owns, into a folder that appears under its name only when it is whole.
+
+A parameter's state (master, first and second moment) is a one-dimensional tensor of the whole model, of which each
+rank contributes the ranges that its shards hold; nothing in the folder depends on the layout that wrote it. The files
+and their index are torch's distributed checkpoint; beside them ``state.json`` has the step and the data position.
+
+A save goes into ``.NAME.partial``, is flushed to disk and then renamed, so that whatever is called ``step-...`` was
+complete at that moment.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from parallel.worker import Worker
+
+_PREFIX = "step-"
+_STATE = "state.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or read; one line that says which, and why."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. ``sequences``: training sequences consumed, the position in the data."""
+
+    step: int
+    sequences: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements ``offset`` .. of the one-dimensional tensor ``name`` of ``total`` elements, held here."""
+
+    name: str
+    tensor: Tensor
+    offset: int
+    total: int
+
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(torch.Size([self.offset]), torch.Size([self.tensor.numel()]))
+
+
+def pieces(worker: Worker, rng: Tensor, loading: bool) -> list[Piece]:
+    """Everything that a rank saves, or needs. What several ranks hold alike (the routers' biases) is needed by all of
+    them and saved by one."""
+    found = [Piece(f"rng.{worker.rank}", rng, 0, rng.numel())]
+    optimizer = worker.optimizer
+    for bucket, first, second in zip(optimizer.buckets, optimizer.first, optimizer.second, strict=True):
+        for s in bucket.owned_segments():
+            for kind, flat in (("master", bucket.master), ("first_moment", first), ("second_moment", second)):
+                found.append(Piece(f"{kind}.{s.name}", flat[s.start : s.start + s.numel], s.offset, s.total))
+    for held in worker.held.values():
+        for layer, block in held.stage.model.blocks():
+            if block.router is not None and (loading or held.counts):
+                bias_E = block.router.bias_E
+                found.append(Piece(f"bias.layers.{layer}", bias_E, 0, bias_E.numel()))
+    return found
+
+
+class _SavePlanner(DefaultSavePlanner):
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._pieces = {MetadataIndex(p.name, torch.Size([p.offset])): p for p in pieces}
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([self._item(index, piece) for index, piece in self._pieces.items()])
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        return self._pieces[write_item.index].tensor.detach().cpu()
+
+    @staticmethod
+    def _item(index: MetadataIndex, piece: Piece) -> WriteItem:
+        properties = TensorProperties.create_from_tensor(piece.tensor)
+        data = TensorWriteData(piece.chunk, properties, torch.Size([piece.total]))
+        return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._wanted = {(p.name, p.offset): p for p in pieces}
+
+    def create_local_plan(self) -> LoadPlan:
+        assert isinstance(self.metadata, Metadata)
+        items: list[ReadItem] = []
+        for piece in self._wanted.values():
+            stored = self.metadata.state_dict_metadata.get(piece.name)
+            if stored is None and piece.name.startswith("rng."):
+                continue  # written by fewer ranks: this one keeps the state that its seed gave it
+            if not isinstance(stored, TensorStorageMetadata) or stored.size != torch.Size([piece.total]):
+                raise CheckpointError(f"{piece.name} has {piece.total} elements here and {_elements(stored)} there")
+            items += create_read_items_for_chunk_list(piece.name, stored, [piece.chunk])
+        return LoadPlan(items)
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        (offset,) = read_item.dest_index.offset or (0,)
+        piece = self._wanted[read_item.dest_index.fqn, offset]
+        return piece.tensor.narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass  # resolve_tensor gave a view of the place itself
+
+
+def _elements(stored: Any) -> str:
+    return "none" if stored is None else f"{stored.size.numel()} elements"
+
+
+def save(folder: Path, worker: Worker, progress: Progress, keep: int) -> Path:
+    """Write a checkpoint under ``folder`` and delete all but the newest ``keep``. Collective.
+
+    Raises CheckpointError on every rank when any of them cannot write; what was there before stays as it was.
+    """
+    final = folder / f"{_PREFIX}{progress.step:08d}"
+    partial = folder / f".{final.name}.partial"
+    leader = worker.rank == 0
+    try:
+        if leader:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        _barrier()
+        planner = _SavePlanner(pieces(worker, torch.get_rng_state(), loading=False))
+        dcp.save({}, checkpoint_id=partial, planner=planner, no_dist=not dist.is_initialized())
+    except Exception as error:
+        if leader:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"checkpoint {final} cannot be written: {_cause(error)}") from error
+    failure = None
+    if leader:
+        try:
+            _publish(partial, final, progress)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            failure = f"checkpoint {final} cannot be written: {error.strerror or error}"
+    failure = _broadcast(failure)
+    if failure is not None:
+        raise CheckpointError(failure)
+    if leader:
+        for old in published(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load(path: Path, worker: Worker) -> Progress:
+    """Restore a rank's state from a checkpoint of the same model, whatever the layout that wrote it. Collective.
+
+    Raises CheckpointError when it cannot be read or is of another model.
+    """
+    rng = torch.get_rng_state()
+    planner = _LoadPlanner(pieces(worker, rng, loading=True))
+    try:
+        progress = Progress(**json.loads((path / _STATE).read_text()))
+        dcp.load({}, checkpoint_id=path, planner=planner, no_dist=not dist.is_initialized())
+    except Exception as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {_cause(error)}") from error
+    torch.set_rng_state(rng)
+    worker.optimizer.steps = progress.step
+    for held in worker.held.values():
+        for bucket in held.buckets:
+            bucket.publish()
+            bucket.gather()
+    return progress
+
+
+def published(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first, whole or not."""
+    return sorted(folder.glob(f"{_PREFIX}[0-9]*")) if folder.is_dir() else []
+
+
+def missing(path: Path) -> str | None:
+    """What a checkpoint lacks to be complete (a file, or a part of one), or None."""
+    for name in (_STATE, ".metadata"):
+        if not (path / name).is_file():
+            return f"{name} is missing"
+    try:
+        json.loads((path / _STATE).read_text())
+        stored = FileSystemReader(path).read_metadata().storage_data or {}
+    except Exception as error:
+        return f"its index is damaged ({error})"
+    needed: dict[str, int] = {}
+    for place in stored.values():
+        needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
+    for name, size in needed.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size < size:
+            return f"{name} has {file.stat().st_size} of {size} bytes"
+    return None
+
+
+def _publish(partial: Path, final: Path, progress: Progress) -> None:
+    (partial / _STATE).write_text(json.dumps(asdict(progress)) + "\n")
+    for file in (partial / _STATE, partial):
+        _fsync(file)
+    if final.exists():  # the same step, written by a run that was resumed from before it
+        shutil.rmtree(final)
+    os.rename(partial, final)
+    _fsync(final.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong underneath: torch's checkpoint wraps every rank's failure in one of its own."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _broadcast(value: str | None) -> str | None:
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]

@@ -1,0 +1,22 @@
+"""What is installed: four packages and the ``dualpipe`` command."""
+
+from setuptools import find_namespace_packages, setup
+
+setup(
+    name="dualpipe-trainer",
+    version="0.1.0",
+    description="DeepSeek-V3-style training through a bidirectional pipeline that can be simulated first",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_namespace_packages(
+        include=["dualpipe", "dualpipe.*", "parallel", "parallel.*", "model", "model.*", "launch", "launch.*"]
+    ),
+    install_requires=["torch>=2.10,<3", "numpy", "pyyaml", "rich", "psutil"],
+    extras_require={
+        "deepspeed": ["deepspeed==0.19.8"],
+        "test": ["pytest", "hypothesis", "pytest-timeout"],
+        "dev": ["ruff", "mypy", "types-PyYAML", "types-psutil"],
+        "peer": ["transformers"],
+    },
+    entry_points={"console_scripts": ["dualpipe=launch.cli:main"]},
+)

@@ -1,0 +1,271 @@
+"""A configuration either loads whole or is refused in one line that names the key, the value and the rule."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch.config import Config, ConfigError, check_world_size, dump, from_dict, load, resume_differences, to_dict
+from parallel.optimizer_config import OptimizerConfig, learning_rate
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MINIMAL = """\
+train:
+  steps: 10
+  sequence_length: 8
+  global_batch_size: 4
+run:
+  dir: somewhere
+"""
+
+
+def loads(tmp_path: Path, text: str, *overrides: str) -> Config:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load(path, overrides)
+
+
+def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as refused:
+        loads(tmp_path, text, *overrides)
+    message = str(refused.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    config = load(path)
+    assert config.run.dir == f"runs/{path.stem}"
+    assert config.microbatches * config.layout.data * config.train.micro_batch_size == config.train.global_batch_size
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_what_is_dumped_loads_as_the_same_configuration(path: Path, tmp_path: Path) -> None:
+    config = load(path)
+    assert loads(tmp_path, dump(config)) == config
+    assert from_dict(to_dict(config)) == config
+
+
+# Text that YAML keeps as it is; of the control characters a path may hold, none matters here.
+names = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1).filter(lambda text: text.strip() != "")
+tricky = st.sampled_from(
+    ["1e-4", "null", "no", "2024-01-01", "010", "1:30", "*", "<<", "-", "#c", "~", "=", ".", "0", ".inf", "{}", "a:"]
+)
+positive = st.floats(min_value=1e-300, max_value=1e300)
+
+
+@given(source=names | tricky, folder=names | tricky, rate=positive, seconds=positive, seed=st.integers(0, 2**63 - 1))
+def test_any_value_survives_the_round_trip(
+    tmp_path_factory: pytest.TempPathFactory, source: str, folder: str, rate: float, seconds: float, seed: int
+) -> None:
+    config = from_dict(
+        {
+            "train": {
+                "steps": 1,
+                "sequence_length": 1,
+                "global_batch_size": 1,
+                "seed": seed,
+                "timeout_seconds": seconds,
+            },
+            "optimizer": {"learning_rate": rate},
+            "model": {"q_lora_rank": None},
+            "data": {"source": source},
+            "run": {"dir": folder},
+        }
+    )
+    assert loads(tmp_path_factory.getbasetemp(), dump(config)) == config
+
+
+def test_overrides_apply_in_order_and_after_the_file(tmp_path: Path) -> None:
+    config = loads(tmp_path, MINIMAL, "train.steps=20", "train.steps=30", "layout.data=2", "run.dir=runs/1e3")
+    assert (config.train.steps, config.layout.data, config.run.dir) == (30, 2, "runs/1e3")
+    assert config.microbatches == 2
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", ".0001", "1.0e-4"])
+def test_a_small_number_is_a_number_however_it_is_written(tmp_path: Path, text: str) -> None:
+    assert loads(tmp_path, MINIMAL + f"optimizer:\n  learning_rate: {text}\n").optimizer.learning_rate == 1e-4
+    assert loads(tmp_path, MINIMAL, f"optimizer.learning_rate={text}").optimizer.learning_rate == 1e-4
+
+
+def test_an_optional_value_takes_null_and_others_do_not(tmp_path: Path) -> None:
+    assert loads(tmp_path, MINIMAL, "model.q_lora_rank=null").model.q_lora_rank is None
+    assert refusal(tmp_path, MINIMAL, "train.steps=null") == "train.steps=null must be an integer"
+
+
+def test_text_is_taken_as_it_stands(tmp_path: Path) -> None:
+    assert loads(tmp_path, MINIMAL, "data.source=corpus/**/*.txt").data.source == "corpus/**/*.txt"
+    assert loads(tmp_path, MINIMAL, "data.source=*.txt").data.source == "*.txt"
+    assert loads(tmp_path, MINIMAL, "run.dir=a=b").run.dir == "a=b"
+    assert loads(tmp_path, MINIMAL, "run.dir=2024").run.dir == "2024"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.steps=ten", ["train.steps='ten'", "integer"]),
+        ("train.steps=true", ["train.steps=true", "integer"]),
+        ("train.steps=1.5", ["train.steps=1.5", "integer"]),
+        ("train.steps=", ["train.steps=null", "integer"]),
+        ("train.steps=010", ["train.steps='010'", "integer"]),
+        ("train.steps={a: 1, a: 2}", ["train.steps=", "integer"]),
+        ("train.steps=[", ["train.steps='['", "integer"]),
+        ("train.steps=0", ["train.steps=0", "at least 1"]),
+        ("train.seed=-1", ["train.seed=-1", "negative"]),
+        ("train.device=tpu", ["train.device='tpu'", "auto or cpu or cuda"]),
+        ("optimizer.learning_rate=.nan", ["optimizer.learning_rate=nan", "finite"]),
+        ("optimizer.learning_rate=0", ["optimizer.learning_rate=0.0", "above 0"]),
+        ("optimizer.beta2=1", ["optimizer.beta2=1.0", "below 1"]),
+        ("optimizer.moments=fp16", ["optimizer.moments='fp16'", "fp32 or bf16"]),
+        ("precision.compute=fp16", ["precision.compute='fp16'", "fp32 or bf16"]),
+        ("model.norm_topk_prob=1", ["model.norm_topk_prob=1", "true or false"]),
+        ("model.hidden_size=0", ["model.hidden_size=0", "at least 1"]),
+        ("data.source= ", ["data.source=' '", "path"]),
+        ("data.validation_fraction=1", ["data.validation_fraction=1.0", "below 1"]),
+        ("checkpoint.keep=0", ["checkpoint.keep=0", "at least 1"]),
+        ("run.dir=", ["run.dir=''", "path"]),
+        ("schedule.name=dualpip", ["schedule.name=dualpip", "dualpipe"]),
+        ("train.steps", ["'train.steps'", "key.sub=value"]),
+        ("train=3", ["train is a section", "train.steps"]),
+        ("steps=3", ["steps is not a key", "train.steps"]),
+        ("train.stepz=3", ["train.stepz is not a key", "train.steps"]),
+        ("modl.hidden_size=3", ["modl.hidden_size is not a key", "model.hidden_size"]),
+    ],
+)
+def test_a_bad_override_is_refused_by_name(tmp_path: Path, override: str, words: list[str]) -> None:
+    message = refusal(tmp_path, MINIMAL, override)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["layout.pipeline=3"], ["layout.pipeline=3", "even"]),
+        (["layout.pipeline=4"], ["micro-batches", "= 4", "at least 2 x layout.pipeline (8)"]),
+        (["layout.pipeline=2", "train.global_batch_size=5"], ["micro-batches", "= 5", "even"]),
+        (["layout.data=3"], ["train.global_batch_size=4", "divisible by layout.data"]),
+        (["train.micro_batch_size=3"], ["train.global_batch_size=4", "train.micro_batch_size"]),
+        (["layout.data=4", "layout.expert=3"], ["layout.expert=3", "layout.data (4)"]),
+        (
+            ["layout.data=3", "layout.expert=3", "train.global_batch_size=3"],
+            ["layout.expert=3", "model.n_routed_experts (256)"],
+        ),
+        (
+            ["layout.pipeline=2", "model.num_hidden_layers=1", "model.first_k_dense_replace=0"],
+            ["model.num_hidden_layers=1", "stages (2)"],
+        ),
+    ],
+)
+def test_an_impossible_layout_is_refused_before_any_rank_starts(
+    tmp_path: Path, overrides: list[str], words: list[str]
+) -> None:
+    message = refusal(tmp_path, MINIMAL, *overrides)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["train.steps is missing", "integer"]),
+        ("- train\n", ["must hold a mapping"]),
+        ("train: 3\n", ["train=3", "mapping"]),
+        (MINIMAL + "modle:\n  hidden_size: 3\n", ["modle is not a key", "model"]),
+        (MINIMAL + "model:\n  hiden_size: 3\n", ["model.hiden_size is not a key", "model.hidden_size"]),
+        (MINIMAL + "1: 2\n", ["1 is not a key"]),
+        (MINIMAL + "run:\n  dir: elsewhere\n", ["config.yaml:7", "run", "line 5"]),
+        (MINIMAL.replace("steps: 10", "steps: 10\n  steps: 11"), ["config.yaml:3", "steps", "line 2"]),
+        ("train:\n  steps: [1\nrun: {}\n", ["config.yaml:3", "YAML"]),
+        ("train:\n\tsteps: 1\n", ["config.yaml:2", "YAML"]),
+        ("train: *nowhere\n", ["config.yaml:1", "YAML"]),
+        ("train: \0\n", ["config.yaml", "YAML"]),
+        (MINIMAL.replace("10", "1:30"), ["train.steps='1:30'", "integer"]),
+        (MINIMAL.replace("somewhere", "7"), ["run.dir=7", "string"]),
+    ],
+)
+def test_a_bad_file_is_refused_with_its_place(tmp_path: Path, text: str, words: list[str]) -> None:
+    message = refusal(tmp_path, text)
+    assert all(word in message for word in words), message
+
+
+def test_a_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "absent.yaml", tmp_path, binary):
+        with pytest.raises(ConfigError, match=re.escape(str(path))):
+            load(path)
+
+
+def test_words_that_older_yaml_converts_stay_text(tmp_path: Path) -> None:
+    assert loads(tmp_path, MINIMAL.replace("somewhere", "2024-01-01")).run.dir == "2024-01-01"
+    assert loads(tmp_path, MINIMAL.replace("somewhere", "no")).run.dir == "no"
+
+
+def test_a_section_with_nothing_in_it_has_its_defaults(tmp_path: Path) -> None:
+    assert loads(tmp_path, MINIMAL + "optimizer:\n").optimizer == OptimizerConfig()
+    assert loads(tmp_path, MINIMAL + "layout:\n", "layout.data=2").layout.data == 2
+
+
+def test_a_world_of_another_size_is_refused(tmp_path: Path) -> None:
+    config = loads(tmp_path, MINIMAL, "layout.pipeline=2", "layout.data=1")
+    check_world_size(config, 2)
+    with pytest.raises(ConfigError, match=r"layout\.pipeline=2 x layout\.data=1 .* 2 ranks, and 6 were started"):
+        check_world_size(config, 6)
+
+
+@pytest.mark.parametrize(
+    ("override", "fixed"),
+    [
+        ("model.hidden_size=128", True),
+        ("model.q_lora_rank=null", True),
+        ("train.seed=9", True),
+        ("train.sequence_length=4", True),
+        ("data.source=elsewhere", True),
+        ("data.validation_sequences=1", True),
+        ("train.steps=99", False),
+        ("layout.data=2", False),
+        ("optimizer.learning_rate=1e-5", False),
+        ("checkpoint.every=1", False),
+        ("train.micro_batch_size=2", False),
+    ],
+)
+def test_a_resumed_run_keeps_its_model_seed_and_data(tmp_path: Path, override: str, fixed: bool) -> None:
+    old, new = loads(tmp_path, MINIMAL), loads(tmp_path, MINIMAL, override)
+    refused, recorded = resume_differences(old, new)
+    lines, others = (refused, recorded) if fixed else (recorded, refused)
+    assert others == []
+    assert len(lines) == 1 and lines[0].startswith(f"{override.partition('=')[0]}: run has ")
+    assert resume_differences(old, old) == ([], [])
+
+
+def test_a_difference_names_both_values(tmp_path: Path) -> None:
+    old, new = loads(tmp_path, MINIMAL), loads(tmp_path, MINIMAL, "model.hidden_size=128")
+    assert resume_differences(old, new)[0] == ["model.hidden_size: run has 7168, given 128"]
+
+
+@given(
+    warmup=st.integers(0, 50),
+    decay=st.integers(0, 50),
+    steps=st.integers(1, 120),
+    final=st.floats(min_value=0, max_value=1),
+)
+def test_the_learning_rate_rises_stays_and_falls(warmup: int, decay: int, steps: int, final: float) -> None:
+    config = OptimizerConfig(learning_rate=1.0, final_learning_rate=final, warmup_steps=warmup, decay_steps=decay)
+    rates = [learning_rate(config, step, steps) for step in range(steps)]
+    assert all(0 <= rate <= 1 for rate in rates)
+    assert all(rate > 0 for rate in rates[:warmup])
+    assert rates[:warmup] == sorted(rates[:warmup])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    if steps >= warmup + decay:
+        assert all(rate == 1 for rate in rates[max(warmup - 1, 0) : steps - decay])
+    if decay and steps > warmup:
+        assert rates[-1] == pytest.approx(final, abs=1e-15)
+
+
+def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
+    config = loads(tmp_path, MINIMAL)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.train.steps = 3

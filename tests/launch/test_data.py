@@ -1,0 +1,297 @@
+"""The stream of tokens: what is in it, and that it depends on seed and step alone."""
+
+import json
+import os
+import re
+import sys
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch.config import Config, from_dict
+from launch.data import END_OF_DOCUMENT, DataError, Dataset, bits_per_byte, open_dataset
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "dualpipe"
+
+
+def configured(source: object, **changes: object) -> Config:
+    train = {"steps": 1, "sequence_length": 8, "global_batch_size": 4, **changes}
+    fraction = train.pop("validation_fraction", 0.3)
+    return from_dict(
+        {
+            "train": train,
+            "model": {"vocab_size": train.pop("vocab_size", 257)},
+            "data": {"source": str(source), "validation_fraction": fraction},
+            "run": {"dir": "unused"},
+        }
+    )
+
+
+def corpus(folder: Path, texts: list[str]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for number, text in enumerate(texts):
+        (folder / f"{number:04}.txt").write_bytes(text.encode())
+    return folder
+
+
+def documents(tokens: np.ndarray) -> list[bytes]:
+    """The documents in a split, from its tokens."""
+    ends = np.flatnonzero(tokens == END_OF_DOCUMENT)
+    starts = [0, *(ends[:-1] + 1)]
+    return [bytes(tokens[start:end].astype(np.uint8)) for start, end in zip(starts, ends, strict=True)]
+
+
+def stream(train_tokens: int, sequence_length: int, global_batch_size: int, seed: int) -> Dataset:
+    """A data set whose training token i has the value i, so that a window shows where it came from."""
+    tokens = np.arange(train_tokens, dtype=np.uint16)
+    return Dataset(tokens, tokens, 1, train_tokens, "", sequence_length, global_batch_size, seed)
+
+
+TEXTS = [f"document {number} says {'word ' * (number % 5)}" for number in range(60)]
+sizes = {
+    "tokens": st.integers(30, 400),
+    "length": st.integers(1, 20),
+    "batch": st.integers(1, 50),
+    "seed": st.integers(0, 9),
+}
+
+
+def test_every_byte_of_every_document_is_a_token_in_exactly_one_split(tmp_path: Path) -> None:
+    data = open_dataset(configured(corpus(tmp_path / "texts", TEXTS)))
+    both = documents(data.train) + documents(data.validation)
+    assert sorted(both) == sorted(text.encode() for text in TEXTS)
+    assert documents(data.train) and documents(data.validation)
+    assert data.documents == len(TEXTS)
+    assert data.bytes == sum(map(len, TEXTS))
+    assert len(data.train) + len(data.validation) == data.bytes + data.documents
+
+
+def test_adding_documents_moves_no_other_between_the_splits(tmp_path: Path) -> None:
+    before = open_dataset(configured(corpus(tmp_path / "texts", TEXTS)))
+    held_out = set(documents(before.validation))
+    (tmp_path / "texts" / "0000a.txt").write_text("one more, in the middle")
+    after = open_dataset(configured(tmp_path / "texts"))
+    assert after.documents == before.documents + 1
+    assert set(documents(after.validation)) - {b"one more, in the middle"} == held_out
+    assert after.fingerprint != before.fingerprint
+
+
+def test_copies_of_a_text_stay_on_one_side(tmp_path: Path) -> None:
+    data = open_dataset(configured(corpus(tmp_path / "texts", TEXTS + TEXTS)))
+    assert not set(documents(data.train)) & set(documents(data.validation))
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.5, 0.99])
+def test_a_single_document_is_split_by_position(tmp_path: Path, fraction: float) -> None:
+    text = "".join(chr(97 + number % 26) for number in range(200))
+    data = open_dataset(configured(corpus(tmp_path / "texts", [text]), validation_fraction=fraction))
+    row = np.concatenate([data.train, data.validation])
+    assert bytes(row[:-1].astype(np.uint8)) == text.encode() and row[-1] == END_OF_DOCUMENT
+    assert len(data.validation) == min(max(round(201 * fraction), 9), 201 - 9)
+
+
+def test_jsonl_and_txt_hold_the_same_documents(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text, "id": number}) for number, text in enumerate(TEXTS)]
+    (tmp_path / "texts.jsonl").write_text("\n".join([*lines, "", json.dumps({"text": ""})]) + "\n")
+    from_lines = open_dataset(configured(tmp_path / "texts.jsonl"))
+    from_files = open_dataset(configured(corpus(tmp_path / "texts", TEXTS)))
+    assert from_lines.fingerprint == from_files.fingerprint
+    assert from_lines.documents == len(TEXTS)
+
+
+def test_a_folder_a_glob_and_the_order_of_creation_agree(tmp_path: Path) -> None:
+    folder = corpus(tmp_path / "texts", TEXTS)
+    (folder / "notes.md").write_text("not a document")
+    mirror = tmp_path / "mirror"
+    mirror.mkdir()
+    for path in sorted(folder.glob("*.txt"), reverse=True):
+        (mirror / path.name).write_bytes(path.read_bytes())
+    prints = {
+        open_dataset(configured(source)).fingerprint for source in (folder, f"{folder}/*", mirror, f"{folder}/**/*.txt")
+    }
+    assert len(prints) == 1
+
+
+def test_bytes_that_are_not_utf8_are_tokens_too(tmp_path: Path) -> None:
+    (tmp_path / "raw.txt").write_bytes(bytes(range(256)))
+    data = open_dataset(configured(tmp_path / "raw.txt"))
+    assert [*data.train, *data.validation] == [*range(256), END_OF_DOCUMENT]
+
+
+def test_the_standard_library_needs_no_network_and_leaves_packages_and_tests_out(tmp_path: Path) -> None:
+    data = open_dataset(configured("stdlib", sequence_length=256, validation_fraction=0.05))
+    texts = set(documents(data.train)) | set(documents(data.validation))
+    assert Path(json.__file__).read_bytes() in texts
+    assert Path(pytest.__file__).read_bytes() not in texts
+    assert data.bytes > 5_000_000
+    assert 0.01 < len(data.validation) / len(data.train) < 0.2
+
+
+@given(**sizes)
+def test_an_epoch_visits_every_window_once(tokens: int, length: int, batch: int, seed: int) -> None:
+    data = stream(tokens, length, batch, seed)
+    steps = -(-2 * data.windows // batch)
+    rows = np.concatenate([data.batch(step) for step in range(steps)])
+    assert (rows == rows[:, :1] + np.arange(length + 1)).all(), "a row is a contiguous window"
+    every_start = Counter(range(0, data.windows * length, length))
+    for epoch in (0, 1):
+        visited = rows[epoch * data.windows : (epoch + 1) * data.windows, 0]
+        assert Counter(visited.tolist()) == every_start
+
+
+@given(**sizes, step=st.integers(0, 1000), cuts=st.lists(st.integers(0, 50), max_size=5))
+def test_rows_do_not_depend_on_how_a_step_is_shared_out(
+    tokens: int, length: int, batch: int, seed: int, step: int, cuts: list[int]
+) -> None:
+    whole = stream(tokens, length, batch, seed).batch(step)
+    assert whole.shape == (batch, length + 1) and whole.dtype == np.int64
+    edges = sorted({0, batch, *(min(cut, batch) for cut in cuts)})
+    other = stream(tokens, length, batch, seed)
+    pieces = [other.sequences(step, first, end - first) for first, end in pairwise(edges)]
+    assert (np.concatenate(pieces) == whole).all()
+
+
+def test_seed_and_epoch_change_the_order() -> None:
+    data = stream(4000, 4, 999, 1)
+    assert data.windows == 999
+    first, second = data.batch(0), data.batch(1)
+    assert (first != second).any()
+    assert (first != replace(data, seed=2).batch(0)).any()
+    assert (first[:, 0] != np.sort(first[:, 0])).any()
+
+
+@given(tokens=st.integers(2, 400), length=st.integers(1, 20), count=st.integers(0, 40))
+def test_validation_windows_are_distinct_whole_and_spread_evenly(tokens: int, length: int, count: int) -> None:
+    data = stream(tokens, 1, 1, 1)
+    rows = data.validation_sequences(count, length)
+    available = (tokens - 1) // length
+    assert rows.shape == (min(count, available), length + 1)
+    assert (rows == rows[:, :1] + np.arange(length + 1)).all()
+    gaps = np.diff(rows[:, 0])
+    if len(gaps):
+        assert gaps.min() >= length and gaps.max() - gaps.min() <= length
+
+
+def test_the_second_time_nothing_is_tokenised(tmp_path: Path, cache: Path) -> None:
+    config = configured(corpus(tmp_path / "texts", TEXTS))
+    first = open_dataset(config)
+    (stored,) = cache.iterdir()
+    written = stored.stat()
+    second = open_dataset(config)
+    assert stored.stat() == written
+    assert isinstance(second.train.base, np.memmap) or isinstance(second.train, np.memmap)
+    assert (second.train == first.train).all() and (second.validation == first.validation).all()
+    assert (second.fingerprint, second.documents, second.bytes) == (first.fingerprint, first.documents, first.bytes)
+
+
+@pytest.mark.parametrize("change", ["content", "fraction", "new file"])
+def test_the_cache_does_not_outlive_what_it_was_made_from(tmp_path: Path, change: str) -> None:
+    folder = corpus(tmp_path / "texts", TEXTS)
+    before = open_dataset(configured(folder))
+    if change == "content":
+        (folder / "0000.txt").write_text("another text")
+    if change == "new file":
+        (folder / "9999.txt").write_text("another text")
+    after = open_dataset(configured(folder, validation_fraction=0.6 if change == "fraction" else 0.3))
+    assert after.fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"\xff" * 5000])
+def test_a_damaged_cache_is_made_again(tmp_path: Path, cache: Path, damage: bytes) -> None:
+    config = configured(corpus(tmp_path / "texts", TEXTS))
+    fingerprint = open_dataset(config).fingerprint
+    (stored,) = cache.iterdir()
+    stored.write_bytes(damage)
+    again = open_dataset(config)
+    assert again.fingerprint == fingerprint
+    assert len(documents(again.train)) + len(documents(again.validation)) == len(TEXTS)
+
+
+def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configured(corpus(tmp_path / "texts", TEXTS))
+    fingerprint = open_dataset(config).fingerprint
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert open_dataset(config).fingerprint == fingerprint
+
+
+def _open(config: Config) -> tuple[str, int]:
+    data = open_dataset(config)
+    return data.fingerprint, int(data.batch(3).sum())
+
+
+def test_ranks_that_start_at_once_see_the_same_data(tmp_path: Path, cache: Path) -> None:
+    config = configured(corpus(tmp_path / "texts", TEXTS))
+    with ProcessPoolExecutor(4, mp_context=get_context("fork")) as pool:
+        assert len(set(pool.map(_open, [config] * 8))) == 1
+    assert [path.suffix for path in cache.iterdir()] == [".tokens"], "no temporary file stays"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rule"),
+    [
+        ("empty.txt", b"", "must hold text"),
+        ("short.txt", b"seventeen tokens", "at least 18 tokens"),
+        ("image.png", b"x" * 100, "must be a .txt or .jsonl file"),
+        ("bad.jsonl", b'{"text": "fine"}\n{"text": }\n', "bad.jsonl:2 must be one JSON object"),
+        ("list.jsonl", b"[1]\n", "list.jsonl:1 must be a JSON object with a string 'text'"),
+        ("number.jsonl", b'\n{"text": 3}\n', "number.jsonl:2 must be a JSON object with a string 'text'"),
+        ("latin.jsonl", b'{"text": "\xe9"}\n', "latin.jsonl:1 must be one JSON object"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_is_refused(tmp_path: Path, name: str, content: bytes, rule: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError) as refused:
+        open_dataset(configured(path))
+    assert f"data.source={str(path)!r}" in str(refused.value)
+    assert rule in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_source_that_names_no_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "only.md").write_text("not a document")
+    for source in (tmp_path / "absent.txt", tmp_path / "*.txt", tmp_path, "~nobody-of-this-name/x.txt", "nul\0.txt"):
+        with pytest.raises(DataError, match=re.escape(f"data.source={str(source)!r}")):
+            open_dataset(configured(source))
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="permissions do not bind this user")
+def test_a_file_without_permission_is_refused(tmp_path: Path) -> None:
+    folder = corpus(tmp_path / "texts", TEXTS)
+    (folder / "0003.txt").chmod(0)
+    with pytest.raises(DataError, match=r"data\.source=.*0003\.txt: Permission denied"):
+        open_dataset(configured(folder))
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = corpus(tmp_path / "texts", TEXTS)
+
+    def denied(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(DataError, match=r"data\.source=.*0000\.txt: Permission denied"):
+        open_dataset(configured(folder))
+
+
+def test_a_vocabulary_without_room_for_the_tokens_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.vocab_size=256 must be at least 257"):
+        open_dataset(configured(corpus(tmp_path / "texts", TEXTS), vocab_size=256))
+
+
+@pytest.mark.parametrize("targets", [1, 1000])
+def test_a_uniform_guess_over_256_bytes_costs_eight_bits(targets: int) -> None:
+    assert bits_per_byte(targets * float(np.log(256)), targets) == pytest.approx(8)
