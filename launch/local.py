@@ -45,7 +45,9 @@ def start(config: Config, arguments: argparse.Namespace) -> int:
             return train.USER_ERROR
         if first.exitcode < 0:
             name = signal.Signals(-first.exitcode).name
-            print(f"error: rank {first.local_rank} was ended by {name}; to go on, give the same command", file=sys.stderr)
+            print(
+                f"error: rank {first.local_rank} was ended by {name}; to go on, give the same command", file=sys.stderr
+            )
         return train.FAILED
     except SignalException as stopped:
         return 128 + stopped.sigval

@@ -1,10 +1,10 @@
 """A run is a folder: what was asked for, what happened, and the state to go on from.
 
-    config.yaml       the configuration as resolved at the last start
-    data.json         the fingerprint of the text that the run trains on
-    metrics.jsonl     one object a step            events.jsonl      starts, ends, failures
-    checkpoints/      what a restart goes on from  failures/         a traceback for every rank that failed
-    lock              held while a run is training
+config.yaml       the configuration as resolved at the last start
+data.json         the fingerprint of the text that the run trains on
+metrics.jsonl     one object a step            events.jsonl      starts, ends, failures
+checkpoints/      what a restart goes on from  failures/         a traceback for every rank that failed
+lock              held while a run is training
 """
 
 import errno

@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from launch.config import Config, ConfigError, check_world_size, load
+from launch.config import ConfigError, check_world_size, load
 from launch.data import DataError, open_dataset
 from launch.run_folder import RunFolder
 

@@ -84,7 +84,7 @@ class Trainer:
             if what is None:
                 return path
             lacking = f"checkpoint {path} is incomplete: {what}"
-            self._say(f"skipping {lacking[len('checkpoint '):]}")
+            self._say(f"skipping {lacking[len('checkpoint ') :]}")
         if there:
             raise CheckpointError(f"{lacking}; no other is complete, so run.dir={self.folder.path} cannot go on")
         return None

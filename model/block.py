@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from model.config import ModelConfig
 from model.attention import Attention
+from model.config import ModelConfig
 from model.exchange import Exchange
 from model.mlp import MLP, Experts
 from model.norm import RMSNorm
@@ -54,20 +54,25 @@ class Block(nn.Module):
         u_BSD = self.mlp_norm(h_BSD)
         return Attended(h_BSD, u_BSD, None if self.router is None else self.router(u_BSD))
 
-    def local_phase(self, u_BSD: Tensor) -> Tensor | None:
-        """The part of the mlp phase that needs nothing from elsewhere: shared experts, or the dense MLP."""
-        return None if self.mlp is None else self.mlp(u_BSD)
+    def local_phase(self, u_BSD: Tensor) -> Tensor:
+        """The part of the mlp phase that needs nothing from elsewhere: shared experts, or the dense MLP. A block
+        without either (``mlp`` is None) has no such part."""
+        assert self.mlp is not None
+        y_BSD: Tensor = self.mlp(u_BSD)
+        return y_BSD
 
     def expert_phase(self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
         """The part of the mlp phase that works on what was dispatched."""
         assert self.experts is not None
-        return self.experts(rows_RD, weights_R, ends_E)
+        y_RD: Tensor = self.experts(rows_RD, weights_R, ends_E)
+        return y_RD
 
     def forward(self, x_BSD: Tensor, rotations_SP: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor | None]:
         """The whole layer at once, and its balance loss: the definition, under plain autograd."""
         attended = self.attention_phase(x_BSD, rotations_SP)
-        local = self.local_phase(attended.u_BSD)
-        out_BSD = attended.h_BSD if local is None else attended.h_BSD + local
+        out_BSD = attended.h_BSD
+        if self.mlp is not None:
+            out_BSD = out_BSD + self.local_phase(attended.u_BSD)
         routing = attended.routing
         if routing is None:
             return out_BSD, None

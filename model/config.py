@@ -60,9 +60,7 @@ class ModelConfig:
         if self.n_shared_experts < 0:
             raise ValueError(f"model.n_shared_experts={self.n_shared_experts} must not be negative")
         if self.n_routed_experts % self.n_group:
-            raise ValueError(
-                f"model.n_group={self.n_group} must divide n_routed_experts ({self.n_routed_experts})"
-            )
+            raise ValueError(f"model.n_group={self.n_group} must divide n_routed_experts ({self.n_routed_experts})")
         if self.topk_group > self.n_group:
             raise ValueError(f"model.topk_group={self.topk_group} must be at most n_group ({self.n_group})")
         reachable = self.topk_group * (self.n_routed_experts // self.n_group)

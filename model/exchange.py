@@ -109,9 +109,7 @@ class LocalExchange:
         gy_RD = layout.spread(gz_TD)
         return Pending(lambda: gy_RD)
 
-    def combine_gradient(
-        self, grows_RD: Tensor, gweights_R: Tensor, layout: Sorted
-    ) -> Pending[tuple[Tensor, Tensor]]:
+    def combine_gradient(self, grows_RD: Tensor, gweights_R: Tensor, layout: Sorted) -> Pending[tuple[Tensor, Tensor]]:
         gweights_TK = gweights_R.index_select(0, layout.place_N).unflatten(0, (-1, layout.experts_a_token))
         gx_TD = layout.gather(grows_RD)
         return Pending(lambda: (gx_TD, gweights_TK))

@@ -114,9 +114,7 @@ class Linear(Owned):
 
 class _SplitGroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_RD: Tensor, weight_EFD: nn.Parameter, ends_E: Tensor, owner: WeightGradients
-    ) -> Tensor:
+    def forward(ctx: Any, x_RD: Tensor, weight_EFD: nn.Parameter, ends_E: Tensor, owner: WeightGradients) -> Tensor:
         ctx.save_for_backward(x_RD, weight_EFD, ends_E)
         ctx.weight, ctx.owner = weight_EFD, owner
         y_RF = F.grouped_mm(gemm_operand(x_RD), gemm_operand(weight_EFD).transpose(1, 2), offs=ends_E)

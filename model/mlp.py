@@ -91,4 +91,3 @@ class SharedExperts(MLP):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
-

@@ -16,6 +16,7 @@ from model.block import Block
 from model.config import ModelConfig
 from model.exchange import Exchange, LocalExchange
 from model.linear import Embedding, GroupedLinear, Linear
+from model.mlp import Experts
 from model.norm import RMSNorm
 from model.rope import rotations
 
@@ -98,8 +99,9 @@ def initialise(model: Transformer, seed: int) -> None:
     experts = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, GroupedLinear)}
     for name, parameter in model.named_parameters():
         if name in experts:
-            numbers = model.get_submodule(name.rsplit(".", 2)[0]).experts
-            for number, matrix in zip(numbers, parameter, strict=True):
+            owner = model.get_submodule(name.rsplit(".", 2)[0])
+            assert isinstance(owner, Experts)
+            for number, matrix in zip(owner.experts, parameter, strict=True):
                 _draw(matrix, f"{seed}:{name}:{number}", std)
         elif parameter.ndim > 1:
             _draw(parameter, f"{seed}:{name}", std)

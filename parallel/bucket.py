@@ -112,7 +112,5 @@ class Bucket:
             first, last = max(s.start, self.start), min(s.start + s.numel, self.stop)
             if first < last:
                 moved = first - s.start
-                owned.append(
-                    Segment(s.name, first - self.start, last - first, s.offset + moved, s.total, s.decayed)
-                )
+                owned.append(Segment(s.name, first - self.start, last - first, s.offset + moved, s.total, s.decayed))
         return owned

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -37,6 +37,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from parallel.worker import Worker
 
@@ -150,7 +152,7 @@ def save(folder: Path, worker: Worker, progress: Progress, keep: int) -> Path:
             partial.mkdir(parents=True)
         _barrier()
         planner = _SavePlanner(pieces(worker, torch.get_rng_state(), loading=False))
-        dcp.save({}, checkpoint_id=partial, planner=planner, no_dist=not dist.is_initialized())
+        save_distributed({}, checkpoint_id=partial, planner=planner, no_dist=not dist.is_initialized())
     except Exception as error:
         if leader:
             shutil.rmtree(partial, ignore_errors=True)
@@ -180,7 +182,7 @@ def load(path: Path, worker: Worker) -> Progress:
     planner = _LoadPlanner(pieces(worker, rng, loading=True))
     try:
         progress = Progress(**json.loads((path / _STATE).read_text()))
-        dcp.load({}, checkpoint_id=path, planner=planner, no_dist=not dist.is_initialized())
+        load_distributed({}, checkpoint_id=path, planner=planner, no_dist=not dist.is_initialized())
     except Exception as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {_cause(error)}") from error
     torch.set_rng_state(rng)

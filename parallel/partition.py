@@ -6,6 +6,7 @@ sum of squares decides, so that the rest is even too.
 """
 
 from functools import cache
+from itertools import pairwise
 
 from model.config import ModelConfig
 
@@ -55,4 +56,4 @@ def partition(config: ModelConfig, stages: int) -> list[range]:
     cuts = [0]
     for left in range(stages, 0, -1):
         cuts.append(best(cuts[-1], left)[2])
-    return [range(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(cuts)]

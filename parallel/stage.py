@@ -20,7 +20,6 @@ from model.exchange import Exchange, count_experts
 from model.linear import Contribution, WeightGradients
 from model.transformer import Transformer
 
-
 PADDING = -100
 """A token that is no target: what torch's cross-entropy ignores."""
 
@@ -41,12 +40,12 @@ class Phase:
         return found
 
 
-def run_phase(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Phase:
+def run_phase(function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> Phase:
     """Call ``function`` on detached copies of ``inputs``; in no-grad mode nothing is recorded."""
-    if not torch.is_grad_enabled():
-        return Phase(inputs, function(*inputs))
-    leaves = tuple(x.detach().requires_grad_() for x in inputs)
-    return Phase(leaves, function(*leaves))
+    if torch.is_grad_enabled():
+        inputs = tuple(x.detach().requires_grad_() for x in inputs)
+    outputs = function(*inputs)
+    return Phase(inputs, outputs if isinstance(outputs, tuple) else (outputs,))
 
 
 @dataclass
@@ -118,7 +117,7 @@ class ModelStage:
             if not self.model.last:
                 return x_BSD
             targets = self._tokens[work.microbatch][:, 1:]
-            kept.head = run_phase(lambda x: (self.model.cross_entropy(x, targets),), x_BSD)
+            kept.head = run_phase(lambda x: self.model.cross_entropy(x, targets), x_BSD)
             self.cross_entropy += kept.head.outputs[0].detach()
             return None
 
@@ -138,9 +137,8 @@ class ModelStage:
         if kept.embedding is not None:
             # The embedding adds its gradient itself; tokens have none to pass on.
             torch.autograd.backward(kept.embedding.outputs, (gradient,))
-            gradient = None
         kept.deferred = self.gradients.take()
-        return gradient
+        return gradient if kept.embedding is None else None
 
     def backward_weight(self, work: Work) -> None:
         self.gradients.apply(self._alive[work].deferred)
@@ -161,7 +159,7 @@ class ModelStage:
         kept.layers.append(run)
         h_BSD, u_BSD, *routing = (t.detach() for t in run.attention.outputs)
         if not routing:
-            run.local = run_phase(lambda u: (block.local_phase(u),), u_BSD)
+            run.local = run_phase(block.local_phase, u_BSD)
             return h_BSD + run.local.outputs[0].detach()
 
         weights_TK, balance, indices_TK = routing
@@ -170,13 +168,11 @@ class ModelStage:
         self.loads[layer] += count_experts(indices_TK, len(self.loads[layer]))
         out_BSD = h_BSD
         if block.mlp is not None:
-            run.local = run_phase(lambda u: (block.local_phase(u),), u_BSD)
+            run.local = run_phase(block.local_phase, u_BSD)
             out_BSD = h_BSD + run.local.outputs[0].detach()
         arrived = dispatch.wait()
         run.experts = run_phase(
-            lambda rows, weights: (block.expert_phase(rows, weights, arrived.ends_E),),
-            arrived.rows_RD,
-            arrived.weights_R,
+            lambda rows, weights: block.expert_phase(rows, weights, arrived.ends_E), arrived.rows_RD, arrived.weights_R
         )
         run.layout = arrived.layout
         z_TD = self.exchange.combine(run.experts.outputs[0].detach(), arrived.layout).wait()

@@ -1,11 +1,13 @@
 """Training on any layout is the training of the plain model: losses and gradient norms against the single process."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
 from model.config import ModelConfig
+from model.router import Routing
 from model.transformer import Transformer, initialise
 from parallel.mesh import Layout
 from parallel.optimizer_config import OptimizerConfig
@@ -77,19 +79,20 @@ def reference() -> tuple[list[float], list[float]]:
         betas=(c.beta1, c.beta2),
         eps=c.epsilon,
     )
+    loads: dict[int, torch.Tensor] = {}
+
+    def count(layer: int) -> Callable[..., None]:
+        def hook(_: object, __: object, routing: Routing) -> None:
+            loads[layer] = torch.bincount(routing.indices_TK.flatten(), minlength=MODEL.n_routed_experts)
+
+        return hook
+
+    for layer, block in model.blocks():
+        if block.router is not None:
+            block.router.register_forward_hook(count(layer))
     losses, norms = [], []
     for step in range(STEPS):
         tokens = batch(step)
-        loads: dict[int, torch.Tensor] = {}
-        hooks = [
-            block.router.register_forward_hook(
-                lambda _, __, routing, layer=layer: loads.__setitem__(
-                    layer, torch.bincount(routing.indices_TK.flatten(), minlength=MODEL.n_routed_experts)
-                )
-            )
-            for layer, block in model.blocks()
-            if block.router is not None
-        ]
         sums = model(tokens[:, :-1], tokens[:, 1:])
         loss = sums.cross_entropy / tokens[:, 1:].numel() + MODEL.balance_loss_alpha * sums.balance / len(tokens)
         optimizer.zero_grad()
@@ -100,8 +103,6 @@ def reference() -> tuple[list[float], list[float]]:
             if block.router is not None:
                 assert loads[layer][STARVED] == 0
                 block.router.update_bias(loads[layer])
-        for hook in hooks:
-            hook.remove()
         losses.append(loss.item())
     return losses, norms
 
