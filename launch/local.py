@@ -7,8 +7,10 @@ server itself starts no thread and touches no GPU.
 import argparse
 import logging
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 import uuid
 
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -25,7 +27,7 @@ STOP_SECONDS = 120
 def start(config: Config, arguments: argparse.Namespace) -> int:
     """Run every rank and return the exit status for the whole: the ranks' own where they agree on bad input."""
     multiprocessing.set_forkserver_preload(["launch.trainer"])
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)  # what torch's launcher logs about ended ranks, the ranks say better
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -55,8 +57,17 @@ def start(config: Config, arguments: argparse.Namespace) -> int:
 
 
 def _rank(arguments: argparse.Namespace) -> None:
-    """What each rank runs: the same as under torchrun."""
+    """What each rank runs: the same as under torchrun. The server that forked it outlives a launcher that is killed;
+    the rank must not."""
+    threading.Thread(target=_end_with_launcher, daemon=True).start()
     status = train.as_rank(arguments)
     sys.stdout.flush()
     if status:
         raise SystemExit(status)
+
+
+def _end_with_launcher() -> None:
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None
+    launcher.join()
+    os._exit(train.FAILED)

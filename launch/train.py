@@ -8,8 +8,11 @@ Under torchrun this is one rank; otherwise it starts the ranks of the layout on 
 """
 
 import argparse
+import errno
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 
@@ -19,6 +22,7 @@ from launch.run_folder import RunFolder
 
 USER_ERROR = 2
 FAILED = 1
+LOST_PEER_SECONDS = 2.0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 trained, 2 bad input, 1 failed, 128 + N stopped by signal N."""
-    arguments = parser().parse_args(argv)
+    arguments = parser().parse_intermixed_args(argv)
     return as_rank(arguments) if "RANK" in os.environ else as_launcher(arguments)
 
 
@@ -71,8 +75,9 @@ def as_rank(arguments: argparse.Namespace) -> int:
         except Exception as error:
             if is_users(error):
                 raise
-            _write_failure(folder, here.rank, error)
-            return FAILED
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ConfigError(f"run.dir={folder.path} cannot be written: {error.strerror}") from error
+            return _fail(folder, here.rank, error)
     except Exception as error:
         if not is_users(error):
             raise
@@ -88,19 +93,33 @@ def is_users(error: Exception) -> bool:
     return isinstance(error, (ConfigError, DataError, CheckpointError))
 
 
-def _write_failure(folder: RunFolder, rank: int, error: Exception) -> None:
-    """One line for the person, the traceback in the run folder for the engineer."""
+def _fail(folder: RunFolder, rank: int, error: Exception) -> int:
+    """One line for the person, the traceback in the run folder for the engineer.
+
+    When one rank dies, all others lose a peer. They wait a moment, so that the launcher finds the one that died first
+    and names it, and ends the rest, which then have nothing to add.
+    """
     line = (str(error).strip().splitlines() or [""])[0]
+    lost_peer = isinstance(error, RuntimeError) and any(word in line for word in ("onnection", "gloo", "NCCL"))
     place = ""
     try:
         folder.failures.mkdir(parents=True, exist_ok=True)
         file = folder.failures / f"rank-{rank}.txt"
         file.write_text("".join(traceback.format_exception(error)))
-        folder.events.write("failed", rank=rank, error=f"{type(error).__name__}: {line}")
+        folder.events.write(
+            "lost a peer" if lost_peer else "failed", rank=rank, error=f"{type(error).__name__}: {line}"
+        )
         place = f" (traceback in {file})"
     except OSError:
         traceback.print_exception(error)
-    print(f"error: rank {rank}: {type(error).__name__}: {line}{place}", file=sys.stderr, flush=True)
+    if lost_peer:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(FAILED))
+        time.sleep(LOST_PEER_SECONDS)
+        line = "lost a peer"
+    else:
+        line = f"{type(error).__name__}: {line}"
+    print(f"error: rank {rank}: {line}{place}", file=sys.stderr, flush=True)
+    return FAILED
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ complete at that moment.
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
@@ -145,29 +146,22 @@ def save(folder: Path, worker: Worker, progress: Progress, keep: int) -> Path:
     """
     final = folder / f"{_PREFIX}{progress.step:08d}"
     partial = folder / f".{final.name}.partial"
-    leader = worker.rank == 0
+    leads = worker.rank == 0
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
     try:
-        if leader:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        _barrier()
+        _on_leader(begin, leads)
         planner = _SavePlanner(pieces(worker, torch.get_rng_state(), loading=False))
         save_distributed({}, checkpoint_id=partial, planner=planner, no_dist=not dist.is_initialized())
-    except Exception as error:
-        if leader:
+        _on_leader(lambda: _publish(partial, final, progress), leads)
+    except (CheckpointException, OSError) as error:
+        if leads:
             shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"checkpoint {final} cannot be written: {_cause(error)}") from error
-    failure = None
-    if leader:
-        try:
-            _publish(partial, final, progress)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            failure = f"checkpoint {final} cannot be written: {error.strerror or error}"
-    failure = _broadcast(failure)
-    if failure is not None:
-        raise CheckpointError(failure)
-    if leader:
+    if leads:
         for old in published(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     return final
@@ -183,7 +177,7 @@ def load(path: Path, worker: Worker) -> Progress:
     try:
         progress = Progress(**json.loads((path / _STATE).read_text()))
         load_distributed({}, checkpoint_id=path, planner=planner, no_dist=not dist.is_initialized())
-    except Exception as error:
+    except (CheckpointException, OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {_cause(error)}") from error
     torch.set_rng_state(rng)
     worker.optimizer.steps = progress.step
@@ -250,14 +244,15 @@ def _cause(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _barrier() -> None:
+def _on_leader(action: Callable[[], None], leads: bool) -> None:
+    """Run ``action`` on rank 0 while the others wait. An OSError there is raised on every rank."""
+    box: list[OSError | None] = [None]
+    if leads:
+        try:
+            action()
+        except OSError as error:
+            box[0] = error
     if dist.is_initialized():
-        dist.barrier()
-
-
-def _broadcast(value: str | None) -> str | None:
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
+        dist.broadcast_object_list(box)
+    if box[0] is not None:
+        raise box[0]

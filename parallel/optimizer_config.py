@@ -45,6 +45,10 @@ class OptimizerConfig:
         for key in ("beta1", "beta2"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"optimizer.{key}={getattr(self, key)} must be at least 0 and below 1")
+        if self.backend == "deepspeed" and self.moments != "fp32":
+            raise ValueError(
+                f"optimizer.moments={self.moments} must be fp32 with optimizer.backend=deepspeed, which keeps no others"
+            )
         if self.decay_steps and not 0 <= self.final_learning_rate <= self.learning_rate:
             raise ValueError(
                 f"optimizer.final_learning_rate={self.final_learning_rate} must be from 0 to "

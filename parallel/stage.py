@@ -185,13 +185,10 @@ class ModelStage:
             (gu_BSD,) = run.local.backward([gradient_BSD])
             return run.attention.backward([gradient_BSD, gu_BSD])[0]
         rows = self.exchange.dispatch_gradient(gradient_BSD.flatten(0, 1), run.layout)
-        gu_BSD = None
-        if run.local is not None:
-            (gu_BSD,) = run.local.backward([gradient_BSD])
+        local = () if run.local is None else run.local.backward([gradient_BSD])
         grows_RD, gweights_R = run.experts.backward([rows.wait()])
         gu_TD, gweights_TK = self.exchange.combine_gradient(grows_RD, gweights_R, run.layout).wait()
-        routed_BSD = gu_TD.view_as(gradient_BSD)
-        gu_BSD = routed_BSD if gu_BSD is None else gu_BSD + routed_BSD
+        gu_BSD = sum(local, gu_TD.view_as(gradient_BSD))
         balance = torch.full((), self.alpha / self._scale.sequences, device=self.device)
         return run.attention.backward([gradient_BSD, gu_BSD, gweights_TK, balance, None])[0]
 

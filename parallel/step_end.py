@@ -1,15 +1,16 @@
 """The end of a step, as the program calls it: REDUCE, STEP and GATHER over the stages that a rank holds."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from parallel.bucket import Bucket
-from parallel.optimizer import AdamW, clip_scale
+from parallel.optimizer import clip_scale
 from parallel.stage import ModelStage
 
 
@@ -43,12 +44,25 @@ class StepSums:
     stop: bool
 
 
+class ShardOptimizer(Protocol):
+    """What updates the owned shards of all buckets with the gradients that they hold. ``first`` and ``second``: the
+    moments of each bucket's shard, laid out as its master is; ``steps``: the updates made. Checkpoints read and write
+    these, the moments in place."""
+
+    buckets: Sequence[Bucket]
+    first: list[Tensor]
+    second: list[Tensor]
+    steps: int
+
+    def update(self, learning_rate: float, gradient_scale: float) -> None: ...
+
+
 class StepEnd:
     """Runs the end of a step. ``begin`` before each program; ``sums`` after it."""
 
     sums: StepSums
 
-    def __init__(self, held: Mapping[int, HeldStage], optimizer: AdamW, layers: int, clip_norm: float) -> None:
+    def __init__(self, held: Mapping[int, HeldStage], optimizer: ShardOptimizer, layers: int, clip_norm: float) -> None:
         self.held, self.optimizer, self.layers, self.clip_norm = held, optimizer, layers, clip_norm
 
     def begin(self, learning_rate: float, stop: bool) -> None:

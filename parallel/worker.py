@@ -18,13 +18,15 @@ from model.exchange import Exchange, LocalExchange
 from model.linear import WeightGradients, own
 from model.transformer import Transformer, expert_parameters, initialise
 from parallel.bucket import Bucket
+from parallel.deepspeed_backend import DeepSpeedAdamW
 from parallel.exchange import FlatExchange
-from parallel.mesh import Groups, Layout
+from parallel.groups import Groups
+from parallel.mesh import Layout
 from parallel.optimizer import AdamW
 from parallel.optimizer_config import OptimizerConfig
 from parallel.partition import partition
 from parallel.stage import ModelStage, StepScale
-from parallel.step_end import HeldStage, StepEnd
+from parallel.step_end import HeldStage, ShardOptimizer, StepEnd
 from parallel.transport import PipelineTransport, channel_groups, channels
 
 
@@ -80,7 +82,11 @@ class Worker:
         self.groups = Groups(layout, self.program.routes)
         self.held = {stage: self._hold(stage) for stage in sorted(self.program.stages_of(self.position))}
         buckets = [bucket for held in self.held.values() for bucket in held.buckets]
-        self.optimizer = AdamW(job.optimizer, buckets)
+        self.optimizer: ShardOptimizer = (
+            DeepSpeedAdamW(job.optimizer, buckets)
+            if job.optimizer.backend == "deepspeed"
+            else AdamW(job.optimizer, buckets)
+        )
         self.end = StepEnd(self.held, self.optimizer, job.model.num_hidden_layers, job.optimizer.clip_norm)
         self._evaluation: dict[int, Program] = {}
         like = torch.empty(

@@ -1,0 +1,248 @@
+"""What the pipeline costs: CPU time of a step on eight ranks against the same global batch in one process.
+
+    python -m benchmarks.pipeline_overhead [CONFIG] [key.sub=value ...] [--rounds 5] [--steps 2] [--json]
+
+The ranks of CONFIG's layout (configs/tiny-cpu.yaml: pipeline 4 x data 2, expert 2) and one process with layout 1 x 1 x
+1 train the same model from the same weights on the same batches, one thread each, with micro-batches of the same size.
+All are started once and stay; they take turns, a few steps at a time, while the others sleep on a pipe. A rank's CPU
+time is user and system time of all its threads (getrusage), gloo's included, from before its steps to after them; a
+step's is the sum over the ranks. Waiting costs none: nothing here spins.
+"""
+
+import argparse
+import json
+import multiprocessing as mp
+import resource
+import statistics
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from launch.config import Config, ConfigError, load
+
+CONFIG = Path(__file__).parents[1] / "configs" / "tiny-cpu.yaml"
+TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What steps cost: CPU seconds outside and inside the kernel, context switches, and the last step's loss."""
+
+    user_s: float
+    system_s: float
+    switches: int
+    loss: float
+
+    @property
+    def cpu_s(self) -> float:
+        return self.user_s + self.system_s
+
+
+class Group:
+    """The ranks of one layout, as processes that do what they are told over a pipe."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.world = config.layout.world_size
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["parallel.worker", "launch.rank"])
+        self._pipes, self._processes = [], []
+        for rank in range(self.world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, config, folder / f"store{self.world}", rank))
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def steps(self, count: int) -> Usage:
+        """CPU time of ``count`` steps, a step, summed over the ranks."""
+        each: list[Usage] = self._ask(("steps", count))
+        return Usage(
+            sum(u.user_s for u in each) / count,
+            sum(u.system_s for u in each) / count,
+            sum(u.switches for u in each) // count,
+            each[0].loss,
+        )
+
+    def top_operators(self) -> str:
+        """One step of rank 0, by operator."""
+        table: str = self._ask(("profile", 1))[0]
+        return table
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+
+    def _ask(self, command: tuple[str, int]) -> list[Any]:
+        for pipe in self._pipes:
+            pipe.send(command)
+        return [self._answer(rank) for rank in range(self.world)]
+
+    def _answer(self, rank: int) -> Any:
+        pipe = self._pipes[rank]
+        if not pipe.poll(TIMEOUT_S):
+            raise TimeoutError(f"rank {rank} of {self.world} gave no answer within {TIMEOUT_S} s")
+        try:
+            failure, value = pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"rank {rank} of {self.world} died") from None
+        if failure is not None:
+            raise RuntimeError(f"rank {rank} of {self.world} failed:\n{failure}")
+        return value
+
+
+@contextmanager
+def started(configs: Sequence[Config]) -> Iterator[list[Group]]:
+    """A group for each configuration; none of their processes is left afterwards."""
+    groups: list[Group] = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for config in configs:
+                groups.append(Group(config, Path(folder)))
+            yield groups
+        finally:
+            for group in groups:
+                group.close()
+
+
+def _serve(pipe: Connection, config: Config, store: Path, rank: int) -> None:
+    """A rank's life: build the worker, then do as told until killed."""
+    import torch
+    import torch.distributed as dist
+
+    from benchmarks.measure import top_operators
+    from launch.rank import die_with_parent, keep_memory
+    from parallel.worker import Job, Worker
+
+    die_with_parent()
+    try:
+        torch.set_num_threads(1)
+        keep_memory()
+        train, layout = config.train, config.layout
+        if layout.world_size > 1:
+            there = dist.FileStore(str(store), layout.world_size)
+            timeout = timedelta(seconds=TIMEOUT_S)
+            dist.init_process_group("gloo", store=there, rank=rank, world_size=layout.world_size, timeout=timeout)
+        worker = Worker(
+            Job(
+                model=config.model,
+                layout=layout,
+                schedule=config.schedule.name,
+                dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.compute],
+                device=torch.device("cpu"),
+                seed=train.seed,
+                sequence_length=train.sequence_length,
+                global_batch_size=train.global_batch_size,
+                micro_batch_size=train.micro_batch_size,
+                optimizer=config.optimizer,
+            ),
+            rank,
+        )
+        generator = torch.Generator().manual_seed(train.seed)
+        shape = (train.global_batch_size, train.sequence_length + 1)
+        first, count = worker.rows(train.global_batch_size)
+        tokens = torch.randint(0, config.model.vocab_size, shape, generator=generator)[first : first + count]
+
+        def step() -> float:
+            return worker.train_step(tokens if worker.needs_data else None, config.optimizer.learning_rate).loss
+
+        while True:
+            what, steps = pipe.recv()
+            if what == "profile":
+                pipe.send((None, top_operators(step)))
+                continue
+            before = resource.getrusage(resource.RUSAGE_SELF)
+            losses = [step() for _ in range(steps)]
+            after = resource.getrusage(resource.RUSAGE_SELF)
+            switches = after.ru_nvcsw + after.ru_nivcsw - before.ru_nvcsw - before.ru_nivcsw
+            user, system = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
+            pipe.send((None, Usage(user, system, switches, losses[-1])))
+    except BaseException:
+        pipe.send((traceback.format_exc(), None))
+
+
+def compare(config: Config, rounds: int, steps: int, profile: bool, console: Console) -> dict[str, Any]:
+    """Both sides in turns; the first turn of each is a warm-up."""
+    alone = replace(config, layout=replace(config.layout, pipeline=1, data=1, expert=1))
+    with started([config, alone]) as (ranks, single):
+        contestants = {"ranks": ranks, "single": single}
+        usages: dict[str, list[Usage]] = {name: [] for name in contestants}
+        for turn in range(rounds + 1):
+            for name in contestants if turn % 2 else reversed(contestants):
+                usages[name].append(contestants[name].steps(steps))
+        if profile:
+            for name, group in contestants.items():
+                console.print(f"{name}: one step of rank 0 by operator\n{group.top_operators()}", soft_wrap=True)
+    measured = {name: of[1:] for name, of in usages.items()}
+    by_round = [r.cpu_s / s.cpu_s for r, s in zip(measured["ranks"], measured["single"], strict=True)]
+    cpu = {name: statistics.median(u.cpu_s for u in of) for name, of in measured.items()}
+    return {
+        "precision": config.precision.compute,
+        "world_size": config.layout.world_size,
+        "tokens_a_step": config.train.global_batch_size * config.train.sequence_length,
+        "microbatches": {"ranks": config.microbatches, "single": alone.microbatches},
+        "cpu_s": cpu,
+        "user_s": {name: statistics.median(u.user_s for u in of) for name, of in measured.items()},
+        "system_s": {name: statistics.median(u.system_s for u in of) for name, of in measured.items()},
+        "switches": {name: statistics.median(u.switches for u in of) for name, of in measured.items()},
+        "last_loss": {name: of[-1].loss for name, of in measured.items()},
+        "ratio_by_round": by_round,
+        "ratio": cpu["ranks"] / cpu["single"],
+    }
+
+
+def print_result(console: Console, result: dict[str, Any]) -> None:
+    title = f"CPU time of a step, {result['precision']}, {result['tokens_a_step']} tokens"
+    table = Table(title=title)
+    for column in ("", "CPU s", "user s", "system s", "context switches", "loss at the end"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, label in (("ranks", f"{result['world_size']} ranks together"), ("single", "one process")):
+        table.add_row(
+            label,
+            *(f"{result[key][name]:.3f}" for key in ("cpu_s", "user_s", "system_s")),
+            f"{result['switches'][name]:,.0f}",
+            f"{result['last_loss'][name]:.5f}",
+        )
+    console.print(table)
+    rounds = ", ".join(f"{r:.3f}" for r in result["ratio_by_round"])
+    console.print(f"ranks / one process: {result['ratio']:.3f}x (ratio of medians; by round {rounds})")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.pipeline_overhead", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("config", nargs="?", default=str(CONFIG), help="a configuration with more than one rank")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser.add_argument("--rounds", type=int, default=5, help="measured turns of each side")
+    parser.add_argument("--steps", type=int, default=2, help="steps a turn")
+    parser.add_argument("--profile", action="store_true", help="print the top operators of rank 0 and of the process")
+    parser.add_argument("--json", action="store_true", help="print one JSON object; the table goes to stderr")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        config = load(options.config, options.overrides)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    console = Console(stderr=options.json)
+    result = compare(config, options.rounds, options.steps, options.profile, console)
+    print_result(console, result)
+    if options.json:
+        print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

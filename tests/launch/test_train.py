@@ -1,0 +1,219 @@
+"""The train command as a user meets it: real ranks, real files, real signals."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+model: {vocab_size: 264, hidden_size: 32, num_hidden_layers: 2, first_k_dense_replace: 1, intermediate_size: 48,
+  moe_intermediate_size: 16, n_routed_experts: 4, num_experts_per_tok: 2, n_group: 2, topk_group: 1,
+  num_attention_heads: 2, q_lora_rank: 16, kv_lora_rank: 16, qk_nope_head_dim: 8, qk_rope_head_dim: 4, v_head_dim: 8,
+  initializer_range: 0.05}
+layout: {pipeline: 2, data: 2, expert: 2}
+train: {steps: 8, sequence_length: 16, global_batch_size: 8, device: cpu, timeout_seconds: 60}
+optimizer: {learning_rate: 1.0e-3, warmup_steps: 2}
+data: {source: DATA, validation_sequences: 5}
+checkpoint: {every: 2, keep: 2}
+run: {dir: RUN}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A configuration of four ranks over made-up text."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words = random.Random(0).choices(["pipeline", "bubble", "expert", "stage", "token"], k=4000)
+    (tmp_path / "text.txt").write_text(" ".join(words))
+    file = tmp_path / "config.yaml"
+    file.write_text(CONFIG.replace("DATA", str(tmp_path / "text.txt")).replace("RUN", str(tmp_path / "run")))
+    return file
+
+
+def command(config: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "launch.cli", "train", str(config), *overrides]
+
+
+def train(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(config, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(config, *overrides), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def entries(run: Path) -> list[dict]:
+    try:
+        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    except (FileNotFoundError, json.JSONDecodeError):
+        return []
+
+
+def losses(run: Path) -> list[float]:
+    return [entry["loss"] for entry in entries(run)]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.005)
+
+
+def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def assert_gone(processes: Sequence[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not alive, alive
+
+
+def test_a_run_is_a_folder_and_two_of_them_are_the_same_bytes(config: Path, tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("one", "two")]
+    results = [train(config, "--json", f"run.dir={run}") for run in runs]
+    assert [r.returncode for r in results] == [0, 0], results[0].stderr
+    summary = json.loads(results[0].stdout)
+    assert summary["steps"] == 8 and summary["loss_last"] < summary["loss_first"]
+    assert 0 < summary["validation_bits_per_byte"] < 10
+    first, second = (entries(run) for run in runs)
+    assert [e["step"] for e in first] == list(range(1, 9))
+    for key in ("loss", "grad_norm", "expert_load", "balance_loss"):
+        assert [e[key] for e in first] == [e[key] for e in second]
+    assert first[-1]["validation_bits_per_byte"] == second[-1]["validation_bits_per_byte"]
+    assert sorted(p.name for p in (runs[0] / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
+    events = [json.loads(line)["event"] for line in (runs[0] / "events.jsonl").read_text().splitlines()]
+    assert events[0] == "start" and events[-1] == "end"
+
+
+def test_killed_at_a_random_step_and_resumed_it_ends_with_the_same_bytes(config: Path, tmp_path: Path) -> None:
+    assert train(config, f"run.dir={tmp_path / 'whole'}", "train.steps=12").returncode == 0
+    run, step = tmp_path / "killed", random.randrange(2, 11)
+    process = start(config, f"run.dir={run}", "train.steps=12")
+    wait_for(lambda: len(entries(run)) >= step)
+    ranks = descendants(process)
+    victim = random.choice([p for p in ranks if p.num_threads() > 1])
+    victim.kill()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1, error
+    assert "SIGKILL" in error and "Traceback" not in error
+    assert_gone(ranks)
+    resumed = train(config, f"run.dir={run}", "train.steps=12")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming from" in resumed.stdout
+    assert losses(run) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("killed", ["launcher", "terminal"])
+def test_an_ended_launcher_leaves_no_process(config: Path, tmp_path: Path, killed: str) -> None:
+    process = start(config, "train.steps=100000")
+    wait_for(lambda: len(entries(tmp_path / "run")) >= 1)
+    ranks = descendants(process)
+    if killed == "launcher":
+        process.kill()
+        process.communicate(timeout=30)
+    else:  # Ctrl-C: a checkpoint and a message
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+        assert process.returncode == 130, error
+        assert "with a checkpoint of it" in out
+        assert "Traceback" not in out + error
+        last = entries(tmp_path / "run")[-1]["step"]
+        assert (tmp_path / "run" / "checkpoints" / f"step-{last:08d}" / ".metadata").exists()
+    assert_gone(ranks)
+
+
+def test_resuming_changes_what_may_change_and_records_it(config: Path, tmp_path: Path) -> None:
+    assert train(config, "train.steps=4").returncode == 0
+    grown = train(config, "train.steps=6", "layout.pipeline=1", "layout.data=1", "layout.expert=1")
+    assert grown.returncode == 0, grown.stderr
+    assert [e["step"] for e in entries(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    starts = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    changed = [event for event in starts if event["event"] == "start"][-1]["changed"]
+    assert any(line.startswith("layout.pipeline") for line in changed)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    for override in ("model.hidden_size=64", "train.seed=2", "data.validation_fraction=0.2"):
+        refused = train(config, "train.steps=6", override)
+        assert refused.returncode == 2
+        assert override.partition("=")[0] in refused.stderr and len(refused.stderr.splitlines()) == 1
+    (tmp_path / "text.txt").write_text("other text " * 2000)
+    other = train(config, "train.steps=6")
+    assert other.returncode == 2 and "data.source" in other.stderr
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_incomplete_checkpoint_is_skipped_and_alone_it_is_refused(config: Path, tmp_path: Path) -> None:
+    assert train(config, "train.steps=4").returncode == 0
+    newest, older = (tmp_path / "run" / "checkpoints" / f"step-{step:08d}" for step in (4, 2))
+    next(newest.glob("*.distcp")).unlink()
+    resumed = train(config, "train.steps=5", "checkpoint.keep=5")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "step-00000004 is incomplete" in resumed.stdout and "after step 2" in resumed.stdout
+    for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
+        (checkpoint / ".metadata").unlink()
+    refused = train(config, "train.steps=6")
+    assert refused.returncode == 2
+    assert "incomplete" in refused.stderr and "Traceback" not in refused.stderr
+    assert older.exists()
+
+
+@pytest.mark.parametrize(
+    "override,words",
+    [
+        ("model.hiden_size=64", ["model.hiden_size", "model.hidden_size"]),
+        ("layout.pipeline=3", ["layout.pipeline=3", "even"]),
+        ("train.global_batch_size=4", ["micro-batches", "= 2", "4"]),
+        ("layout.expert=4", ["layout.expert=4", "layout.data"]),
+        ("train.global_batch_size=9", ["train.global_batch_size=9", "divisible"]),
+        ("data.source=nowhere/*.txt", ["data.source", "nowhere"]),
+        ("train.steps=ten", ["train.steps='ten'", "integer"]),
+        ("run.dir=/proc/none", ["run.dir=/proc/none"]),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(config: Path, tmp_path: Path, override: str, words: list[str]) -> None:
+    result = train(config, override)
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: ")
+    for word in words:
+        assert word in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def torchrun(config: Path, ranks: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    words = [sys.executable, *launcher, "-m", "launch.train", str(config), *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_torchrun_trains_the_same_bytes(config: Path, tmp_path: Path) -> None:
+    assert train(config, "train.steps=3", f"run.dir={tmp_path / 'own'}").returncode == 0
+    launched = torchrun(config, 4, "train.steps=3", f"run.dir={tmp_path / 'torchrun'}")
+    assert launched.returncode == 0, launched.stderr
+    assert losses(tmp_path / "torchrun") == losses(tmp_path / "own") != []
+
+
+def test_torchrun_with_another_number_of_ranks_is_refused(config: Path, tmp_path: Path) -> None:
+    refused = torchrun(config, 2)
+    assert refused.returncode != 0
+    assert "2 were started" in refused.stderr and "exitcode  : 2" in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_asked_for_and_not_there_is_refused(config: Path) -> None:
+    refused = train(config, "train.device=cuda")
+    assert refused.returncode == 2
+    assert "train.device=cuda" in refused.stderr and len(refused.stderr.splitlines()) == 1

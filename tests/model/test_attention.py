@@ -1,0 +1,113 @@
+"""Attention against softmax written out, and causality."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from model.attention import Attention, attend
+from model.rope import rotations
+from tests.model.tiny import tiny
+
+seeds = st.integers(0, 2**31)
+FP32 = 1e-5
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """For each query the weighted mean of the values up to it; FP64, one query at a time."""
+    batch, length, heads, width = q.shape
+    out = torch.zeros(batch, length, heads, v.shape[-1], dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(length):
+                scores = (k[b, : i + 1, h].double() @ q[b, i, h].double()) / width**0.5
+                powers = torch.exp(scores - scores.max())
+                out[b, i, h] = (powers / powers.sum()) @ v[b, : i + 1, h].double()
+    return out
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 2), st.integers(1, 7), st.integers(1, 3), st.integers(1, 12), st.integers(1, 12), seeds)
+def test_core_is_a_causal_softmax(batch: int, length: int, heads: int, width: int, values: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    q, k = (torch.randn(batch, length, heads, width) for _ in range(2))
+    v = torch.randn(batch, length, heads, values)
+    got = attend(q, k, v)
+    assert got.shape == v.shape
+    torch.testing.assert_close(got.double(), softmax_attention(q, k, v), rtol=0, atol=FP32)
+
+
+def test_core_in_bf16_rounds_its_result() -> None:
+    torch.manual_seed(1)
+    q, k = (torch.randn(2, 9, 2, 12).bfloat16() for _ in range(2))
+    v = torch.randn(2, 9, 2, 8).bfloat16()
+    got = attend(q, k, v)
+    assert got.dtype == torch.bfloat16
+    # A kernel that multiplies in BF16 rounds the probabilities too: one rounding of each value's share.
+    torch.testing.assert_close(got.double(), softmax_attention(q, k, v), rtol=2.0**-8, atol=2.0**-8 * v.abs().max())
+
+
+def filled(query_latent: int | None) -> Attention:
+    torch.manual_seed(2)
+    attention = Attention(tiny(q_lora_rank=query_latent))
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return attention
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6) * weight
+
+
+def turned(x: Tensor, position: int) -> Tensor:
+    """Adjacent pairs of a vector, by RoPE's angle."""
+    angles = position * 10000.0 ** (-torch.arange(0, len(x), 2, dtype=torch.float64) / len(x))
+    return torch.view_as_real(
+        torch.view_as_complex(x.unflatten(0, (-1, 2))) * torch.polar(torch.ones_like(angles), angles)
+    ).flatten()
+
+
+@pytest.mark.parametrize("query_latent", [12, None])
+def test_latent_attention_as_the_report_writes_it(query_latent: int | None) -> None:
+    attention = filled(query_latent)
+    c = attention.config
+    weights = {name: p.detach().double() for name, p in attention.named_parameters()}
+    heads, nope, rope, value = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+    x = torch.randn(2, 6, c.hidden_size)
+    q, k = (torch.zeros(2, 6, heads, nope + rope, dtype=torch.float64) for _ in range(2))
+    v = torch.zeros(2, 6, heads, value, dtype=torch.float64)
+    for b in range(2):
+        for position in range(6):
+            token = x[b, position].double()
+            if query_latent is None:
+                queries = weights["q.weight"] @ token
+            else:
+                latent = norm(weights["q_a.weight"] @ token, weights["q_a_norm.weight"])
+                queries = weights["q_b.weight"] @ latent
+            compressed = weights["kv_a.weight"] @ token
+            latent = norm(compressed[: c.kv_lora_rank], weights["kv_a_norm.weight"])
+            shared_key = turned(compressed[c.kv_lora_rank :], position)
+            for h, pair in enumerate((weights["kv_b.weight"] @ latent).unflatten(0, (heads, -1))):
+                query = queries.unflatten(0, (heads, -1))[h]
+                q[b, position, h] = torch.cat([query[:nope], turned(query[nope:], position)])
+                k[b, position, h] = torch.cat([pair[:nope], shared_key])
+                v[b, position, h] = pair[nope:]
+    want = softmax_attention(q, k, v).flatten(2) @ weights["o.weight"].T
+    got = attention(x, rotations(6, rope, c.rope_theta)).detach().double()
+    torch.testing.assert_close(got, want, rtol=0, atol=FP32 * want.abs().max().item())
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 7), seeds)
+def test_a_later_token_changes_nothing_earlier(place: int, seed: int) -> None:
+    attention = filled(12)
+    turns = rotations(8, attention.config.qk_rope_head_dim, attention.config.rope_theta)
+    torch.manual_seed(seed)
+    x = torch.randn(1, 8, attention.config.hidden_size)
+    changed = x.clone()
+    changed[:, place] += torch.randn(attention.config.hidden_size)
+    with torch.no_grad():
+        before, after = attention(x, turns), attention(changed, turns)
+    assert torch.equal(before[:, :place], after[:, :place])
+    assert (before[:, place:] != after[:, place:]).any(-1).all()
