@@ -14,9 +14,8 @@ setup(
     install_requires=["torch>=2.10,<3", "numpy", "pyyaml", "rich", "psutil"],
     extras_require={
         "deepspeed": ["deepspeed==0.19.8"],
-        "test": ["pytest", "hypothesis", "pytest-timeout"],
+        "test": ["pytest", "hypothesis", "pytest-timeout", "transformers", "deepspeed==0.19.8"],
         "dev": ["ruff", "mypy", "types-PyYAML", "types-psutil"],
-        "peer": ["transformers"],
     },
     entry_points={"console_scripts": ["dualpipe=launch.cli:main"]},
 )

@@ -29,7 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = f"error: {words[0]!r} is not a command\n" if words else ""
         print(given + usage, end="", file=sys.stderr)
         return 2
-    status: int = import_module(f"launch.{words[0]}").main(words[1:])
+    try:
+        status: int = import_module(f"launch.{words[0]}").main(words[1:])
+    except KeyboardInterrupt:
+        return 130
     return status
 
 

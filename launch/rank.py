@@ -28,10 +28,8 @@ class Place:
     local_world_size: int
 
 
-def place(environment: Mapping[str, str]) -> Place | None:
-    """This process's place, or None when nobody launched it as a rank. Raises ConfigError for half a place."""
-    if "RANK" not in environment:
-        return None
+def place(environment: Mapping[str, str]) -> Place:
+    """This process's place. Raises ConfigError when torchrun's variables are not all there."""
     try:
         return Place(*(int(environment[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
     except (KeyError, ValueError) as error:
@@ -39,12 +37,12 @@ def place(environment: Mapping[str, str]) -> Place | None:
 
 
 def device_of(config: Config, here: Place) -> torch.device:
-    """The device of a rank. Raises ConfigError when CUDA is asked for and there is none for it."""
+    """The device of a rank. Raises ConfigError, on all ranks of a node alike, when it has too few GPUs."""
     wanted = config.train.device
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if here.local_rank >= count:
+    if here.local_world_size > count:
         raise ConfigError(
             f"train.device={wanted} needs a GPU for each of the {here.local_world_size} ranks on this node; "
             f"it has {count}"
@@ -102,7 +100,8 @@ def together(function: Callable[[], Result], errors: tuple[type[Exception], ...]
 
 
 class StopRequest:
-    """Ctrl-C or SIGTERM asks the run to stop after the step at hand; asked again, it stops at once.
+    """Ctrl-C or SIGTERM asks the run to stop after the step at hand; asked again, it stops at once, and so it does as
+    long as ``graceful`` is not set, when there is no step to finish.
 
     One Ctrl-C reaches a rank twice, from the terminal and from the launcher: what follows within two seconds is the
     same request.
@@ -110,12 +109,14 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.graceful = False
         self._when = 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.signal is not None and time.monotonic() - self._when > 2:
+        again = self.signal is not None and time.monotonic() - self._when > 2
+        if again or not self.graceful:
             os._exit(128 + number)
         if self.signal is None:
             self.signal, self._when = number, time.monotonic()

@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Sequence
 
-from launch.config import ConfigError, check_world_size, load
+from launch.config import Config, ConfigError, check_world_size, load
 from launch.data import DataError, open_dataset
 from launch.run_folder import RunFolder
 
@@ -57,33 +57,37 @@ def as_launcher(arguments: argparse.Namespace) -> int:
 
 
 def as_rank(arguments: argparse.Namespace) -> int:
-    """One rank's whole life. What every rank refuses alike, rank 0 says for all of them."""
+    """One rank's whole life, as torchrun or ``local.py`` started it."""
     try:
         config = load(arguments.config, arguments.overrides)
-        from launch.rank import device_of, place, prepare
-
-        here = place(os.environ)
-        assert here is not None
-        check_world_size(config, here.world_size)
-        device = device_of(config, here)
-        prepare(config, here, device)
-        folder = RunFolder(config)
-        from launch.trainer import Trainer
-
-        try:
-            return Trainer(config, here.rank, device, folder, arguments).run()
-        except Exception as error:
-            if is_users(error):
-                raise
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise ConfigError(f"run.dir={folder.path} cannot be written: {error.strerror}") from error
-            return _fail(folder, here.rank, error)
+        return _run(config, arguments)
     except Exception as error:
         if not is_users(error):
             raise
-        if os.environ["RANK"] == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks of a node refuse alike: one says so
             print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
+
+
+def _run(config: Config, arguments: argparse.Namespace) -> int:
+    from launch.rank import StopRequest, device_of, place, prepare
+
+    stop = StopRequest()
+    here = place(os.environ)
+    check_world_size(config, here.world_size)
+    device = device_of(config, here)
+    prepare(config, here, device)
+    folder = RunFolder(config)
+    from launch.trainer import Trainer
+
+    try:
+        return Trainer(config, here.rank, device, folder, arguments, stop).run()
+    except Exception as error:
+        if is_users(error):
+            raise
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ConfigError(f"run.dir={folder.path} cannot be written: {error.strerror}") from error
+        return _fail(folder, here.rank, error)
 
 
 def is_users(error: Exception) -> bool:

@@ -29,15 +29,21 @@ class Trainer:
     """Rank 0 is the one that writes the run folder and talks to whoever watches."""
 
     def __init__(
-        self, config: Config, rank: int, device: torch.device, folder: RunFolder, arguments: argparse.Namespace
+        self,
+        config: Config,
+        rank: int,
+        device: torch.device,
+        folder: RunFolder,
+        arguments: argparse.Namespace,
+        stop: StopRequest,
     ) -> None:
-        self.config, self.rank, self.device, self.folder, self.arguments = config, rank, device, folder, arguments
+        self.config, self.rank, self.device, self.folder = config, rank, device, folder
+        self.arguments, self.stop = arguments, stop
         self.leads = rank == 0
         self.progress = Progress(step=0, sequences=0)
 
     def run(self) -> int:
         """Train to ``train.steps``. Exit status 0, or 128 + N when signal N asked to stop."""
-        stop = StopRequest()
         config = self.config
         torch.manual_seed(config.train.seed + self.rank)
         self.data = together(lambda: open_dataset(config), (DataError,))
@@ -45,7 +51,7 @@ class Trainer:
         try:
             self.worker = Worker(_job(config, self.device), self.rank)
             self._resume()
-            stopped = self._train(stop)
+            stopped = self._train()
         finally:
             if lock is not None:
                 lock.close()
@@ -89,14 +95,15 @@ class Trainer:
             raise CheckpointError(f"{lacking}; no other is complete, so run.dir={self.folder.path} cannot go on")
         return None
 
-    def _train(self, stop: StopRequest) -> int:
+    def _train(self) -> int:
         """The loop; returns the signal that ended it early, or 0."""
         train, every, saved = self.config.train, self.config.checkpoint.every, self.progress.step
         log = MetricsLog(self.folder.metrics_file, self.progress.step) if self.leads else None
         validation, stopped = None, False
+        self.stop.graceful = True
         with LiveView(train.steps, self.progress.step, quiet=not self.leads or self.arguments.json) as view:
             while self.progress.step < train.steps and not stopped:
-                entry, stopped = self._step(stop.signal is not None)
+                entry, stopped = self._step()
                 step = self.progress.step
                 validation = None
                 if step == train.steps or (train.validate_every and step % train.validate_every == 0):
@@ -119,9 +126,9 @@ class Trainer:
             validation = self._validate()
         if log is not None:
             self._finish(log, validation, stopped)
-        return (stop.signal or signal.SIGINT) if stopped else 0
+        return (self.stop.signal or signal.SIGINT) if stopped else 0
 
-    def _step(self, stop: bool) -> tuple[dict[str, Any], bool]:
+    def _step(self) -> tuple[dict[str, Any], bool]:
         """One optimizer step: what ``metrics.jsonl`` says about it, and whether any rank was asked to stop."""
         train, worker = self.config.train, self.worker
         rate = learning_rate(self.config.optimizer, self.progress.step, train.steps)
@@ -130,7 +137,7 @@ class Trainer:
         if worker.needs_data:
             first, count = worker.rows(train.global_batch_size)
             tokens = torch.from_numpy(self.data.visits(self.progress.sequences + first, count))
-        result = worker.train_step(tokens, rate, stop)
+        result = worker.train_step(tokens, rate, self.stop.signal is not None)
         seconds = time.perf_counter() - began
         if not result.finite:
             raise FloatingPointError(

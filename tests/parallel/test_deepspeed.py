@@ -14,9 +14,11 @@ from parallel.deepspeed_backend import BackendUnavailable
 from parallel.mesh import Layout
 from parallel.optimizer_config import OptimizerConfig
 from parallel.worker import Job, StepResult, Worker
-from tests.parallel.test_parity import JOB, batch, starve
+from tests.parallel.test_parity import JOB as PARITY_JOB
+from tests.parallel.test_parity import batch, starve
 from tests.ranks import run_ranks
 
+JOB = replace(PARITY_JOB, global_batch_size=16)  # the least that DualPipe runs on 4 pipeline and 2 data ranks
 STEPS = 5
 Figures = list[tuple[float, float]]
 
@@ -84,14 +86,14 @@ def test_training_equals_the_native_backend(pipeline: int, data: int, expert: in
 
 
 def resume(rank: int, layout: Layout, folder: Path) -> tuple[Figures, list[Figures]]:
-    """Steps 2 and 3 of a native run that nothing interrupted, and of runs that one backend began and another went on
-    with."""
+    """Steps 2 and 3 of a native run that nothing interrupted, and of runs that one backend began and the other
+    finished."""
     expected = figures(steps(worker_of("native", layout, rank), range(4)))[2:]
     resumed = []
-    for before, after in (("native", "deepspeed"), ("deepspeed", "native"), ("deepspeed", "deepspeed")):
+    for before, after in (("native", "deepspeed"), ("deepspeed", "native")):
         worker = worker_of(before, layout, rank)
         steps(worker, range(2))
-        path = checkpoint.save(folder / f"{before}-{after}", worker, Progress(2, 2 * JOB.global_batch_size), keep=1)
+        path = checkpoint.save(folder / before, worker, Progress(2, 2 * JOB.global_batch_size), keep=1)
         worker = worker_of(after, layout, rank)
         assert checkpoint.load(path, worker).step == 2
         resumed.append(figures(steps(worker, range(2, 4))))
@@ -102,7 +104,7 @@ def test_either_backend_resumes_the_other(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     layout = Layout(2, 1, 1)
     for expected, resumed in run_ranks(resume, layout.world_size, layout, tmp_path):
-        assert resumed == [expected] * 3
+        assert resumed == [expected, expected]
 
 
 def test_moments_in_bf16_are_refused() -> None:

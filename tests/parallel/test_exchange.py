@@ -1,0 +1,125 @@
+"""Dispatch and combine over ranks against one process that has all tokens and all experts."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.exchange import Dispatched, LocalExchange
+from parallel.exchange import FlatExchange
+from tests.ranks import run_ranks
+
+HIDDEN = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """Tokens of each rank, experts a token, experts a rank, and the only experts that tokens choose (None: all)."""
+
+    tokens: tuple[int, ...]
+    chosen: int
+    each: int
+    only: tuple[int, ...] | None = None
+    seed: int = 0
+
+
+def cases(world: int) -> list[Case]:
+    generator = torch.Generator().manual_seed(world)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    drawn = []
+    for seed in range(8):
+        each = number(1, 4)
+        tokens = tuple(number(1, 9) for _ in range(world))
+        drawn.append(Case(tokens, number(1, min(3, world * each)), each, None, seed))
+    even = (4,) * world
+    return [
+        *drawn,
+        Case(even, 1, 1),  # one expert a rank: nothing has to be put into order
+        Case(even, world, 1),  # everyone to everyone
+        Case(even, 2, 3, (0, 1)),  # the first rank's experts alone, one of which gets nothing
+        Case(even, 1, 2, (2 * world - 1,)),  # all tokens to the last expert of the last rank
+        Case((0,) * (world - 1) + (6,), 2, 2),  # tokens on one rank only
+        Case((0,) * world, 2, 2),  # none at all
+    ]
+
+
+def drawn(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, gate values and experts of all ranks' tokens, the gradient of the result, experts' matrices."""
+    generator = torch.Generator().manual_seed(case.seed)
+    total, experts = sum(case.tokens), len(case.tokens) * case.each
+    x, gz = (torch.randn(total, HIDDEN, generator=generator) for _ in range(2))
+    weights = torch.rand(total, case.chosen, generator=generator)
+    liking = torch.rand(total, experts, generator=generator)
+    if case.only is not None:
+        liking[:, list(case.only)] += 10
+    indices = liking.topk(case.chosen).indices
+    return x, weights, indices, gz, torch.randn(experts, HIDDEN, HIDDEN, generator=generator)
+
+
+def expert(sent: Dispatched, matrices: Tensor) -> Tensor:
+    """Row by row: the row through its expert's matrix, bent, times its gate value."""
+    starts = [0, *sent.ends_E.tolist()]
+    parts = [torch.tanh(sent.rows_RD[a:b] @ m) for a, b, m in zip(starts, starts[1:], matrices, strict=False)]
+    return torch.cat(parts) * sent.weights_R[:, None]
+
+
+def alone(case: Case) -> list[Tensor]:
+    """[result, gradients of hidden states, gate values and matrices], by autograd in one process."""
+    x, weights, indices, gz, matrices = drawn(case)
+    leaves = [t.requires_grad_() for t in (x, weights, matrices)]
+    exchange = LocalExchange(len(matrices))
+    sent = exchange.dispatch(x, weights, indices).wait()
+    z = exchange.combine(expert(sent, matrices), sent.layout).wait()
+    return [z.detach(), *torch.autograd.grad(z, leaves, gz)]
+
+
+def together(rank: int, world: int) -> list[list[list[float]]]:
+    """The same of this rank's tokens and experts, for every case."""
+    results = []
+    for case in cases(world):
+        x, weights, indices, gz, matrices = drawn(case)
+        first = sum(case.tokens[:rank])
+        mine = slice(first, first + case.tokens[rank])
+        held = matrices[rank * case.each : (rank + 1) * case.each].clone().requires_grad_()
+        exchange = FlatExchange(dist.group.WORLD, case.each)
+        sent = exchange.dispatch(x[mine], weights[mine], indices[mine]).wait()
+        rows, gates = sent.rows_RD.requires_grad_(), sent.weights_R.requires_grad_()
+        y = expert(Dispatched(rows, gates, sent.ends_E, None), held)
+        z = exchange.combine(y.detach(), sent.layout).wait()
+        gy = exchange.dispatch_gradient(gz[mine], sent.layout).wait()
+        grows, ggates, gheld = torch.autograd.grad(y, [rows, gates, held], gy)
+        gx, gweights = exchange.combine_gradient(grows, ggates, sent.layout).wait()
+        assert z.shape == gx.shape == x[mine].shape and gweights.shape == weights[mine].shape
+        results.append([t.flatten().tolist() for t in (z, gx, gweights, gheld)])
+    return results
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_together_are_one_process_alone(world: int) -> None:
+    ranks = run_ranks(together, world, world)
+    for number, case in enumerate(cases(world)):
+        wanted = alone(case)
+        for kind, want in enumerate(wanted):
+            got = torch.cat([torch.tensor(rank[number][kind]) for rank in ranks])
+            torch.testing.assert_close(got, want.flatten(), rtol=1e-6, atol=1e-6, msg=lambda m, c=case: f"{c}: {m}")
+
+
+def uneven(rank: int) -> bool:
+    """Two dispatches and two combines under way at once, waited for in another order."""
+    torch.manual_seed(rank)
+    exchange = FlatExchange(dist.group.WORLD, 2)
+    x, weights = torch.randn(2, 6, HIDDEN), torch.ones(6, 1)
+    indices = [torch.randint(0, 4, (6, 1)) for _ in range(2)]
+    pending = [exchange.dispatch(x[i], weights, indices[i]) for i in range(2)]
+    sent = [p.wait() for p in reversed(pending)][::-1]
+    back = [exchange.combine(2 * s.rows_RD, s.layout) for s in sent]
+    return all(torch.equal(back[i].wait(), 2 * x[i]) for i in (1, 0))
+
+
+def test_two_exchanges_under_way_at_once_do_not_mix() -> None:
+    assert run_ranks(uneven, 2) == [True, True]

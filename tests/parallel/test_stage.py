@@ -1,0 +1,226 @@
+"""A stage runs in phases with collectives between them, and is still the plain model under plain autograd."""
+
+import gc
+import weakref
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from dualpipe.program import Work
+from model.config import ModelConfig
+from model.exchange import LocalExchange
+from model.linear import WeightGradients, own
+from model.transformer import Transformer, initialise
+from parallel.stage import PADDING, ModelStage, StepScale
+from tests.model.tiny import tiny
+
+CPU = torch.device("cpu")
+MICROBATCHES, SEQUENCES, LENGTH = 3, 2, 6
+SCALE = StepScale(MICROBATCHES * SEQUENCES * LENGTH, MICROBATCHES * SEQUENCES)
+VARIANTS = {
+    "tiny": {},
+    "all MoE": {"first_k_dense_replace": 0},
+    "all dense": {"first_k_dense_replace": 3},
+    "no shared expert": {"n_shared_experts": 0},
+    "no query latent": {"q_lora_rank": None},
+    "raw gate values": {"norm_topk_prob": False},
+}
+
+
+def batch(config: ModelConfig, seed: int = 0) -> dict[int, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (SEQUENCES, LENGTH + 1)
+    return {m: torch.randint(0, config.vocab_size, shape, generator=generator) for m in range(MICROBATCHES)}
+
+
+def staged(
+    config: ModelConfig, cuts: Sequence[int] = (), dtype: torch.dtype = torch.float32
+) -> tuple[list[ModelStage], dict[str, Tensor]]:
+    """The model as stages that end before the layers ``cuts``, and its gradient buffers by name."""
+    ends = [*cuts, config.num_hidden_layers]
+    stages, buffers = [], {}
+    for first, last in zip([0, *cuts], ends, strict=True):
+        model = Transformer(config, range(first, last))
+        initialise(model, 1)
+        model.to(dtype)
+        here = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
+        gradients = WeightGradients({p: here[name] for name, p in model.named_parameters()})
+        own(model, gradients)
+        stages.append(ModelStage(model, gradients, LocalExchange(config.n_routed_experts), CPU))
+        buffers |= here
+    return stages, buffers
+
+
+def forward(stages: list[ModelStage], m: int) -> None:
+    x = None
+    for number, stage in enumerate(stages):
+        x = stage.forward(Work(number, m), x)
+    assert x is None
+
+
+def backward_input(stages: list[ModelStage], m: int) -> None:
+    gradient = None
+    for number, stage in reversed(list(enumerate(stages))):
+        gradient = stage.backward_input(Work(number, m), gradient)
+    assert gradient is None
+
+
+def train(stages: list[ModelStage], tokens: dict[int, Tensor], deferred: bool) -> None:
+    for stage in stages:
+        stage.begin(tokens, SCALE, training=True)
+    if not deferred:
+        for m in tokens:
+            forward(stages, m)
+            gradient = None
+            for number, stage in reversed(list(enumerate(stages))):
+                gradient = stage.backward(Work(number, m), gradient)
+                stage.free(Work(number, m))
+        return
+    # All forwards, then the inputs' gradients from the last micro-batch to the first, then the weights' in any order.
+    for m in tokens:
+        forward(stages, m)
+    for m in reversed(tokens):
+        backward_input(stages, m)
+    for m in (1, 0, 2):
+        for number, stage in enumerate(stages):
+            stage.backward_weight(Work(number, m))
+            stage.free(Work(number, m))
+
+
+def reference(
+    config: ModelConfig, tokens: dict[int, Tensor], dtype: torch.dtype = torch.float32
+) -> tuple[float, float, dict[str, Tensor]]:
+    """(cross-entropy, balance, gradients) of the plain model under plain autograd."""
+    model = Transformer(config)
+    initialise(model, 1)
+    model.to(dtype)
+    cross_entropy = balance = 0.0
+    for batch in tokens.values():
+        sums = model(batch[:, :-1], batch[:, 1:])
+        loss = sums.cross_entropy / SCALE.tokens + config.balance_loss_alpha * sums.balance / SCALE.sequences
+        loss.backward()
+        cross_entropy += sums.cross_entropy.item()
+        balance += sums.balance.item()
+    return cross_entropy, balance, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("cuts", [(), (1,), (1, 2)])
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stages_are_the_plain_model(variant: str, deferred: bool, cuts: tuple[int, ...]) -> None:
+    config = tiny(**VARIANTS[variant])
+    tokens = batch(config)
+    stages, buffers = staged(config, cuts)
+    train(stages, tokens, deferred)
+    cross_entropy, balance, gradients = reference(config, tokens)
+    assert sum(s.cross_entropy.item() for s in stages) == pytest.approx(cross_entropy, rel=1e-6)
+    assert sum(s.balance.item() for s in stages) == pytest.approx(balance, rel=1e-6)
+    assert buffers.keys() == gradients.keys()
+    for name, want in gradients.items():
+        torch.testing.assert_close(
+            buffers[name], want, rtol=0, atol=1e-5 * want.abs().max().item(), msg=lambda m, n=name: f"{n}: {m}"
+        )
+        assert buffers[name].grad_fn is None
+    for stage in stages:
+        assert all(p.grad is None for p in stage.model.parameters())
+
+
+def test_no_weight_gradient_of_a_linear_layer_before_w() -> None:
+    config = tiny()
+    stages, buffers = staged(config)
+    stages[0].begin(batch(config), SCALE, training=True)
+    forward(stages, 0)
+    backward_input(stages, 0)
+    early = {name for name, buffer in buffers.items() if buffer.any()}
+    assert early == {"embed.weight"} | {name for name in buffers if name.rsplit(".", 2)[-2].endswith("norm")}
+    stages[0].backward_weight(Work(0, 0))
+    assert all(buffer.any() for buffer in buffers.values())
+
+
+def test_bf16_stages_are_no_further_from_fp32_than_plain_bf16() -> None:
+    # All experts are chosen, so that a rounded score cannot change the routing.
+    config = tiny(num_experts_per_tok=8, n_group=1, topk_group=1)
+    tokens = batch(config)
+    stages, buffers = staged(config, (2,), torch.bfloat16)
+    train(stages, tokens, deferred=True)
+    exact_loss, _, exact = reference(config, tokens)
+    plain_loss, _, plain = reference(config, tokens, torch.bfloat16)
+    got_loss = sum(s.cross_entropy.item() for s in stages)
+    assert abs(got_loss - exact_loss) <= 2 * abs(plain_loss - exact_loss) + 2.0**-8 * exact_loss
+
+    def distance(found: dict[str, Tensor]) -> float:
+        return sum((found[n].float() - exact[n]).square().sum().item() for n in exact) ** 0.5
+
+    assert distance(buffers) <= 1.2 * distance(plain)
+
+
+def test_loads_count_the_tokens_of_every_expert() -> None:
+    config = tiny()
+    tokens = batch(config)
+    stages, _ = staged(config, (2,))
+    model = Transformer(config)
+    initialise(model, 1)
+    want = {layer: torch.zeros(config.n_routed_experts, dtype=torch.int64) for layer in (1, 2)}
+    for layer, block in model.blocks():
+        if block.router is not None:
+            block.router.register_forward_hook(
+                lambda module, inputs, out, layer=layer: want[layer].add_(
+                    torch.bincount(out.indices_TK.flatten(), minlength=config.n_routed_experts)
+                )
+            )
+    for batch_tokens in tokens.values():
+        model(batch_tokens[:, :-1], batch_tokens[:, 1:])
+    for _ in range(2):  # the second step counts from zero again
+        train(stages, tokens, deferred=False)
+        loads = stages[0].loads | stages[1].loads
+        assert {layer: load.tolist() for layer, load in loads.items()} == {k: v.tolist() for k, v in want.items()}
+
+
+def test_evaluation_gives_the_loss_and_counts_no_padding() -> None:
+    config = tiny()
+    tokens = batch(config)
+    cross_entropy, _, _ = reference(config, tokens)
+    tokens[MICROBATCHES] = torch.full((SEQUENCES, LENGTH + 1), PADDING)
+    stages, buffers = staged(config, (1,))
+    for stage in stages:
+        stage.begin(tokens, StepScale(1, 1), training=False)
+    for m in tokens:
+        x = stages[0].forward(Work(0, m), None)
+        assert x is not None and not x.requires_grad
+        stages[1].forward(Work(1, m), x)
+    assert stages[1].cross_entropy.item() == pytest.approx(cross_entropy, rel=1e-6)
+    assert not any(buffer.any() for buffer in buffers.values())
+
+
+def test_a_freed_micro_batch_leaves_nothing_behind() -> None:
+    config = tiny()
+    stages, _ = staged(config)
+    stages[0].begin(batch(config), SCALE, training=True)
+
+    def tensors() -> int:
+        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+    def run(m: int) -> list[weakref.ref[Tensor]]:
+        forward(stages, m)
+        kept = [
+            phase for run in stages[0]._alive[Work(0, m)].layers for phase in (run.attention, run.local, run.experts)
+        ]
+        watched = [weakref.ref(t) for phase in kept if phase for t in (*phase.inputs, *phase.outputs)]
+        del kept
+        stages[0].backward(Work(0, m), None)
+        stages[0].free(Work(0, m))
+        return watched
+
+    gc.collect()
+    gc.disable()  # what only the cycle collector frees would stay through a step
+    try:
+        first = run(0)
+        before = tensors()
+        second = run(1)
+        after = tensors()
+    finally:
+        gc.enable()
+    assert first and all(ref() is None for ref in first + second)
+    assert after == before
