@@ -30,8 +30,8 @@ def take_turns(contestants: Mapping[str, Callable[[], object]], rounds: int) -> 
     """A step of each a round, every other round in reverse, so that nobody always follows the same one."""
     samples: dict[str, list[Sample]] = {name: [] for name in contestants}
     for turn in range(rounds):
-        order = list(contestants) if turn % 2 == 0 else list(reversed(contestants))
-        for name in order:
+        order = list(contestants)
+        for name in order if turn % 2 == 0 else reversed(order):
             samples[name].append(timed(contestants[name]))
     return samples
 

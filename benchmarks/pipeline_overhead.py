@@ -7,6 +7,10 @@ The ranks of CONFIG's layout (configs/tiny-cpu.yaml: pipeline 4 x data 2, expert
 All are started once and stay; they take turns, a few steps at a time, while the others sleep on a pipe. A rank's CPU
 time is user and system time of all its threads (getrusage), gloo's included, from before its steps to after them; a
 step's is the sum over the ranks. Waiting costs none: nothing here spins.
+
+Where ranks outnumber cores they also evict each other's caches, which costs CPU time without a word being said.
+``--crowd`` measures that share: as many processes as there are ranks, each a world of its own with the whole batch,
+all at once; theirs is the CPU time a process.
 """
 
 import argparse
@@ -49,28 +53,32 @@ class Usage:
 
 
 class Group:
-    """The ranks of one layout, as processes that do what they are told over a pipe."""
+    """The ranks of one layout, as processes that do what they are told over a pipe; ``copies`` of a layout of one rank
+    are strangers that work at the same time."""
 
-    def __init__(self, config: Config, folder: Path) -> None:
-        self.world = config.layout.world_size
+    def __init__(self, config: Config, folder: Path, copies: int = 1) -> None:
+        assert copies == 1 or config.layout.world_size == 1
+        self.world, self.copies = config.layout.world_size * copies, copies
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["parallel.worker", "launch.rank"])
         self._pipes, self._processes = [], []
-        for rank in range(self.world):
+        for number in range(self.world):
+            rank = number // copies
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, config, folder / f"store{self.world}", rank))
+            process = context.Process(target=_serve, args=(theirs, config, folder / "store", rank))
             process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
 
     def steps(self, count: int) -> Usage:
-        """CPU time of ``count`` steps, a step, summed over the ranks."""
+        """CPU time of ``count`` steps, a step, summed over the ranks of a copy."""
         each: list[Usage] = self._ask(("steps", count))
+        share = count * self.copies
         return Usage(
-            sum(u.user_s for u in each) / count,
-            sum(u.system_s for u in each) / count,
-            sum(u.switches for u in each) // count,
+            sum(u.user_s for u in each) / share,
+            sum(u.system_s for u in each) / share,
+            sum(u.switches for u in each) // share,
             each[0].loss,
         )
 
@@ -104,13 +112,13 @@ class Group:
 
 
 @contextmanager
-def started(configs: Sequence[Config]) -> Iterator[list[Group]]:
-    """A group for each configuration; none of their processes is left afterwards."""
+def started(wanted: Sequence[tuple[Config, int]]) -> Iterator[list[Group]]:
+    """A group for each (configuration, copies); none of their processes is left afterwards."""
     groups: list[Group] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for config in configs:
-                groups.append(Group(config, Path(folder)))
+            for config, copies in wanted:
+                groups.append(Group(config, Path(folder), copies))
             yield groups
         finally:
             for group in groups:
@@ -132,9 +140,8 @@ def _serve(pipe: Connection, config: Config, store: Path, rank: int) -> None:
         keep_memory()
         train, layout = config.train, config.layout
         if layout.world_size > 1:
-            there = dist.FileStore(str(store), layout.world_size)
-            timeout = timedelta(seconds=TIMEOUT_S)
-            dist.init_process_group("gloo", store=there, rank=rank, world_size=layout.world_size, timeout=timeout)
+            there, timeout = f"file://{store}", timedelta(seconds=TIMEOUT_S)
+            dist.init_process_group("gloo", there, timeout, world_size=layout.world_size, rank=rank)
         worker = Worker(
             Job(
                 model=config.model,
@@ -173,11 +180,14 @@ def _serve(pipe: Connection, config: Config, store: Path, rank: int) -> None:
         pipe.send((traceback.format_exc(), None))
 
 
-def compare(config: Config, rounds: int, steps: int, profile: bool, console: Console) -> dict[str, Any]:
-    """Both sides in turns; the first turn of each is a warm-up."""
+def compare(config: Config, rounds: int, steps: int, crowd: bool, profile: bool, console: Console) -> dict[str, Any]:
+    """All sides in turns; the first turn of each is a warm-up."""
     alone = replace(config, layout=replace(config.layout, pipeline=1, data=1, expert=1))
-    with started([config, alone]) as (ranks, single):
-        contestants = {"ranks": ranks, "single": single}
+    wanted = {"ranks": (config, 1), "single": (alone, 1)}
+    if crowd:
+        wanted["crowd"] = (alone, config.layout.world_size)
+    with started(list(wanted.values())) as groups:
+        contestants = dict(zip(wanted, groups, strict=True))
         usages: dict[str, list[Usage]] = {name: [] for name in contestants}
         for turn in range(rounds + 1):
             for name in contestants if turn % 2 else reversed(contestants):
@@ -200,6 +210,7 @@ def compare(config: Config, rounds: int, steps: int, profile: bool, console: Con
         "last_loss": {name: of[-1].loss for name, of in measured.items()},
         "ratio_by_round": by_round,
         "ratio": cpu["ranks"] / cpu["single"],
+        "crowd_ratio": cpu["crowd"] / cpu["single"] if crowd else None,
     }
 
 
@@ -208,9 +219,11 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
     table = Table(title=title)
     for column in ("", "CPU s", "user s", "system s", "context switches", "loss at the end"):
         table.add_column(column, justify="right" if column else "left")
-    for name, label in (("ranks", f"{result['world_size']} ranks together"), ("single", "one process")):
+    labels = {"ranks": f"{result['world_size']} ranks together", "single": "one process"}
+    labels["crowd"] = f"one of {result['world_size']} strangers at once"
+    for name in result["cpu_s"]:
         table.add_row(
-            label,
+            labels[name],
             *(f"{result[key][name]:.3f}" for key in ("cpu_s", "user_s", "system_s")),
             f"{result['switches'][name]:,.0f}",
             f"{result['last_loss'][name]:.5f}",
@@ -218,6 +231,8 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
     console.print(table)
     rounds = ", ".join(f"{r:.3f}" for r in result["ratio_by_round"])
     console.print(f"ranks / one process: {result['ratio']:.3f}x (ratio of medians; by round {rounds})")
+    if result["crowd_ratio"] is not None:
+        console.print(f"one of as many strangers at once / one process: {result['crowd_ratio']:.3f}x")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -228,6 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--rounds", type=int, default=5, help="measured turns of each side")
     parser.add_argument("--steps", type=int, default=2, help="steps a turn")
+    parser.add_argument("--crowd", action="store_true", help="measure what crowding alone costs too")
     parser.add_argument("--profile", action="store_true", help="print the top operators of rank 0 and of the process")
     parser.add_argument("--json", action="store_true", help="print one JSON object; the table goes to stderr")
     options = parser.parse_intermixed_args(arguments)
@@ -237,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     console = Console(stderr=options.json)
-    result = compare(config, options.rounds, options.steps, options.profile, console)
+    result = compare(config, options.rounds, options.steps, options.crowd, options.profile, console)
     print_result(console, result)
     if options.json:
         print(json.dumps(result))

@@ -47,6 +47,7 @@ def peer_config(config: ModelConfig, attention: str = "sdpa", experts: str = "gr
         "v_head_dim rms_norm_eps initializer_range"
     ).split()
     values: dict[str, Any] = {key: getattr(config, key) for key in same}
+    implementations: dict[str, Any] = {"attn_implementation": attention, "experts_implementation": experts}
     return DeepseekV3Config(
         **values,
         num_key_value_heads=config.num_attention_heads,
@@ -57,8 +58,7 @@ def peer_config(config: ModelConfig, attention: str = "sdpa", experts: str = "gr
         bos_token_id=None,
         eos_token_id=None,
         use_cache=False,
-        attn_implementation=attention,
-        experts_implementation=experts,
+        **implementations,
     )
 
 
@@ -66,7 +66,8 @@ def build_peer(
     ours: Transformer, dtype: torch.dtype, attention: str = "sdpa", experts: str = "grouped_mm"
 ) -> nn.Module:
     """Their model in ``dtype`` with the weights of ours, ready to train."""
-    theirs = DeepseekV3ForCausalLM(peer_config(ours.config, attention, experts)).to(dtype)
+    theirs: nn.Module = DeepseekV3ForCausalLM(peer_config(ours.config, attention, experts))
+    theirs.to(dtype)
     copy_weights(ours, theirs)
     theirs.train()
     return theirs

@@ -10,10 +10,11 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import uuid
 
-from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -28,6 +29,11 @@ def start(config: Config, arguments: argparse.Namespace) -> int:
     """Run every rank and return the exit status for the whole: the ranks' own where they agree on bad input."""
     multiprocessing.set_forkserver_preload(["launch.trainer"])
     logging.disable(logging.ERROR)  # what torch's launcher logs about ended ranks, the ranks say better
+    with tempfile.TemporaryDirectory(prefix="dualpipe-") as scratch:
+        return _start(config, arguments, scratch)
+
+
+def _start(config: Config, arguments: argparse.Namespace, scratch: str) -> int:
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -38,6 +44,7 @@ def start(config: Config, arguments: argparse.Namespace) -> int:
         max_restarts=0,
         start_method="forkserver",
         shutdown_timeout=STOP_SECONDS,
+        logs_specs=DefaultLogsSpecs(log_dir=scratch),
     )
     try:
         elastic_launch(launch, _rank)(arguments)

@@ -93,8 +93,9 @@ def _run(config: Config, arguments: argparse.Namespace) -> int:
 def is_users(error: Exception) -> bool:
     """Whether an error is about what the user gave, and its one line is all there is to say."""
     from parallel.checkpoint import CheckpointError
+    from parallel.deepspeed_backend import BackendUnavailable
 
-    return isinstance(error, (ConfigError, DataError, CheckpointError))
+    return isinstance(error, (ConfigError, DataError, CheckpointError, BackendUnavailable))
 
 
 def _fail(folder: RunFolder, rank: int, error: Exception) -> int:

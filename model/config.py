@@ -48,6 +48,11 @@ class ModelConfig:
         for key in _POSITIVE:
             if getattr(self, key) < 1:
                 raise ValueError(f"model.{key}={getattr(self, key)} must be at least 1")
+        for key in ("hidden_size", "moe_intermediate_size"):
+            if getattr(self, key) % 8:
+                raise ValueError(
+                    f"model.{key}={getattr(self, key)} must be a multiple of 8: grouped products read 16 bytes at once"
+                )
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise ValueError(f"model.q_lora_rank={self.q_lora_rank} must be at least 1, or null")
         if self.qk_rope_head_dim % 2:

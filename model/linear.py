@@ -84,6 +84,7 @@ class _SplitLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gy_TF,) = grads
         x_TD, weight_FD = ctx.saved_tensors
+        x_TD = x_TD.detach()  # what waits for W must not keep the graph that x came from
         gy_TF = gemm_operand(gy_TF)
 
         def contribute(buffer_FD: Tensor) -> None:
@@ -123,6 +124,7 @@ class _SplitGroupedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_RD, weight_EFD, ends_E = ctx.saved_tensors
+        x_RD = x_RD.detach()
         gy_RF = gemm_operand(grads[0].contiguous())
 
         def contribute(buffer_EFD: Tensor) -> None:

@@ -84,10 +84,3 @@ class Experts(Owned):
         h = self.gate_up(rows_RD, ends_E)
         y = swiglu(h, weights_R) if self.owner is None else _SwiGLU.apply(h, weights_R)
         return self.down(y, ends_E)
-
-
-class SharedExperts(MLP):
-    """The experts that every token visits, as one MLP as wide as all of them."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)

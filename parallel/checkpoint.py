@@ -41,6 +41,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
+from model.transformer import Transformer
 from parallel.worker import Worker
 
 _PREFIX = "step-"
@@ -140,7 +141,7 @@ def _elements(stored: Any) -> str:
 
 
 def save(folder: Path, worker: Worker, progress: Progress, keep: int) -> Path:
-    """Write a checkpoint under ``folder`` and delete all but the newest ``keep``. Collective.
+    """Write a checkpoint under ``folder`` and delete complete ones but for the newest ``keep``. Collective.
 
     Raises CheckpointError on every rank when any of them cannot write; what was there before stays as it was.
     """
@@ -162,8 +163,11 @@ def save(folder: Path, worker: Worker, progress: Progress, keep: int) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"checkpoint {final} cannot be written: {_cause(error)}") from error
     if leads:
-        for old in published(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        # Damaged ones neither count nor go: they are evidence, and not ours to judge by their names.
+        complete = [path for path in published(folder) if missing(path) is None]
+        for old in complete[:-keep]:
+            if old != final:
+                shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -176,6 +180,7 @@ def load(path: Path, worker: Worker) -> Progress:
     planner = _LoadPlanner(pieces(worker, rng, loading=True))
     try:
         progress = Progress(**json.loads((path / _STATE).read_text()))
+        _refuse_strangers(path, worker)
         load_distributed({}, checkpoint_id=path, planner=planner, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {_cause(error)}") from error
@@ -186,6 +191,15 @@ def load(path: Path, worker: Worker) -> Progress:
             bucket.publish()
             bucket.gather()
     return progress
+
+
+def _refuse_strangers(path: Path, worker: Worker) -> None:
+    """A parameter that the checkpoint has and the model has not would be left out without a word."""
+    with torch.device("meta"):
+        known = {f"master.{name}" for name, _ in Transformer(worker.job.model).named_parameters()}
+    stored = {name for name in FileSystemReader(path).read_metadata().state_dict_metadata if name.startswith("master.")}
+    if stored - known:
+        raise CheckpointError(f"{min(stored - known)} is not in this model")
 
 
 def published(folder: Path) -> list[Path]:
@@ -200,9 +214,12 @@ def missing(path: Path) -> str | None:
             return f"{name} is missing"
     try:
         json.loads((path / _STATE).read_text())
+    except ValueError as error:
+        return f"{_STATE} is damaged ({error})"
+    try:
         stored = FileSystemReader(path).read_metadata().storage_data or {}
-    except Exception as error:
-        return f"its index is damaged ({error})"
+    except Exception as error:  # whatever unpickling other bytes may raise
+        return f".metadata is damaged ({error})"
     needed: dict[str, int] = {}
     for place in stored.values():
         needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
@@ -219,10 +236,12 @@ def _publish(partial: Path, final: Path, progress: Progress) -> None:
     (partial / _STATE).write_text(json.dumps(asdict(progress)) + "\n")
     for file in (partial / _STATE, partial):
         _fsync(file)
+    replaced = partial.with_suffix(".replaced")
     if final.exists():  # the same step, written by a run that was resumed from before it
-        shutil.rmtree(final)
+        os.rename(final, replaced)
     os.rename(partial, final)
     _fsync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:

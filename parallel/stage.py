@@ -137,6 +137,7 @@ class ModelStage:
         if kept.embedding is not None:
             # The embedding adds its gradient itself; tokens have none to pass on.
             torch.autograd.backward(kept.embedding.outputs, (gradient,))
+            kept.embedding.outputs = ()
         kept.deferred = self.gradients.take()
         return gradient if kept.embedding is None else None
 

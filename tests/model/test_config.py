@@ -43,6 +43,13 @@ def test_what_does_not_fit_is_refused_by_name(changes: dict[str, Any], message: 
         tiny(**changes)
 
 
+@pytest.mark.parametrize("key", ["hidden_size", "moe_intermediate_size"])
+def test_widths_that_the_grouped_product_cannot_take_are_refused(key: str) -> None:
+    # F.grouped_mm wants rows of whole 16 bytes: 4 elements in FP32, 8 in BF16.
+    with pytest.raises(ValueError, match=rf"^model\.{key}=18 must be a multiple of 8"):
+        tiny(**{key: 18})
+
+
 def test_the_edges_are_allowed() -> None:
     tiny(num_experts_per_tok=4, first_k_dense_replace=0, n_shared_experts=0, q_lora_rank=None)
     tiny(first_k_dense_replace=3, n_group=8, topk_group=8, num_experts_per_tok=8)

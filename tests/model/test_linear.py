@@ -1,7 +1,6 @@
 """The split backward is plain autograd's, at another time: input gradients at once, weight gradients when applied."""
 
 import gc
-import weakref
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import model.linear
 from model.linear import Embedding, GroupedLinear, Linear, WeightGradients, own
@@ -245,14 +245,14 @@ def test_what_a_micro_batch_kept_is_gone_after_its_weight_gradients(kind: str) -
     rest = () if kind == "linear" else (torch.tensor([1, 3], dtype=torch.int32),)
     owner, buffer = owned(layer)
 
-    def one_round() -> tuple[list[weakref.ref[Tensor]], int]:
+    def one_round() -> tuple[list[StorageWeakRef], int]:
         x, gy = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8)
-        watched = [weakref.ref(x), weakref.ref(gy)]
+        watched = [StorageWeakRef(t.untyped_storage()) for t in (x, gy)]
         y = layer(x, *rest)
         y.backward(gy)
         del x, gy, y
         collected = owner.take()
-        assert watched[0]() is not None, "W needs the input"
+        assert not watched[0].expired(), "W needs the input"
         owner.apply(collected)
         del collected
         return watched, sum(issubclass(type(o), Tensor) for o in gc.get_objects())
@@ -264,6 +264,6 @@ def test_what_a_micro_batch_kept_is_gone_after_its_weight_gradients(kind: str) -
         second, tensors_again = one_round()
     finally:
         gc.enable()
-    assert all(ref() is None for ref in first + second)
+    assert all(ref.expired() for ref in first + second)
     assert tensors_again == tensors
     assert buffer.grad_fn is None and not buffer.requires_grad
