@@ -131,13 +131,14 @@ def _serve(pipe: Connection, config: Config, store: Path, rank: int) -> None:
     import torch.distributed as dist
 
     from benchmarks.measure import top_operators
-    from launch.rank import die_with_parent, keep_memory
+    from launch.rank import die_with_parent, keep_memory, run_in_long_slices
     from parallel.worker import Job, Worker
 
     die_with_parent()
     try:
         torch.set_num_threads(1)
         keep_memory()
+        run_in_long_slices()
         train, layout = config.train, config.layout
         if layout.world_size > 1:
             there, timeout = f"file://{store}", timedelta(seconds=TIMEOUT_S)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Result = TypeVar("Result", covariant=True)
@@ -69,9 +70,9 @@ class Sorted:
         return x_TD.index_select(0, self.order_N // self.experts_a_token)
 
     def gather(self, y_ND: Tensor) -> Tensor:
-        """[N, D] -> [T, D]: the sum of each token's rows. A gather and a sum over K, not an index_add, so that the
-        order of the sum is fixed on every device."""
-        return y_ND.index_select(0, self.place_N).unflatten(0, (-1, self.experts_a_token)).sum(1)
+        """[N, D] -> [T, D]: the sum of each token's rows. Not an index_add: an embedding bag gathers and sums in one
+        pass, in the order of K on every device."""
+        return F.embedding_bag(self.place_N.view(-1, self.experts_a_token), y_ND, mode="sum")
 
 
 def sort_by_expert(indices_TK: Tensor) -> Sorted:

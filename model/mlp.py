@@ -33,28 +33,26 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, x_T2F: Tensor, weights_T: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_T2F, weights_T)
         gate, up = x_T2F.float().chunk(2, dim=-1)
-        y = torch.sigmoid(gate).mul_(gate).mul_(up)
+        y = F.silu(gate).mul_(up)
         if weights_T is not None:
             y.mul_(weights_T.unsqueeze(-1))
         return y.to(x_T2F.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # d silu(g)/dg = s + silu(g) (1 - s), with s = sigmoid(g).
         x_T2F, weights_T = ctx.saved_tensors
         gate, up = x_T2F.float().chunk(2, dim=-1)
         gy = grads[0].float()
-        sigmoid = torch.sigmoid(gate)
-        silu = sigmoid * gate
-        gweights_T = None
-        if weights_T is not None:
-            gweights_T = torch.linalg.vecdot(gy, silu * up)
-            gy = gy * weights_T.unsqueeze(-1)
-        gx = torch.empty_like(x_T2F)
+        gx = torch.empty_like(x_T2F, dtype=torch.float32)
         ggate, gup = gx.chunk(2, dim=-1)
-        gup.copy_(gy * silu)
-        ggate.copy_(silu.mul_(1 - sigmoid).add_(sigmoid).mul_(gy).mul_(up))
-        return gx, gweights_T
+        torch.mul(F.silu(gate), gy, out=gup)
+        gsilu, gweights_T = gy * up, None
+        if weights_T is not None:
+            gweights_T = torch.linalg.vecdot(gup, up)
+            gup.mul_(weights_T.unsqueeze(-1))
+            gsilu.mul_(weights_T.unsqueeze(-1))
+        torch.ops.aten.silu_backward.grad_input(gsilu, gate, grad_input=ggate)
+        return gx.to(x_T2F.dtype), gweights_T
 
 
 class MLP(Owned):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_ALIGNMENT = 64
+ALIGNMENT = 64
 
 # torch 2.13 renamed both and warns of the old names; 2.10 to 2.12 have only those.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -54,7 +54,7 @@ class Bucket:
         for name, parameter, offset, total in named:
             self.segments.append(Segment(name, used, parameter.numel(), offset, total, parameter.ndim >= 2))
             used += parameter.numel()
-        unit = self.replicas * _ALIGNMENT
+        unit = self.replicas * ALIGNMENT
         size = -(-used // unit) * unit
         device = named[0][1].device
         self.start, self.stop = position * size // self.replicas, (position + 1) * size // self.replicas
