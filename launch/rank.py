@@ -60,10 +60,13 @@ def prepare(config: Config, here: Place, device: torch.device) -> None:
         keep_memory()
         run_in_long_slices()
     die_with_parent()
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=config.train.timeout_seconds),
-    )
+    timeout = timedelta(seconds=config.train.timeout_seconds)
+    if device.type == "cuda":
+        # With its device named, NCCL makes every communicator at once. Made at its first message instead, a channel
+        # would hold the host until the peer sends, and receives that are posted early would wait for each other.
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
 
 
 def keep_memory() -> None:

@@ -85,7 +85,7 @@ class Bucket:
         """Start summing the gradients over the group."""
         if self.group is None:
             return
-        if dist.get_backend(self.group) == "nccl":
+        if self.gradients.is_cuda:
             self._reducing = _reduce_scatter(self.gradient, self.gradients, group=self.group, async_op=True)
         else:  # on gloo this beats reduce_scatter
             self._reducing = dist.all_reduce(self.gradients, group=self.group, async_op=True)

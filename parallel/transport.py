@@ -2,12 +2,10 @@
 
 On gloo a channel is a tag. On NCCL it is a communicator with its own stream, made eagerly: operations on one
 communicator complete in issue order, so that a receive posted early on a shared one would hold up the sends behind it.
-gloo cannot send from a GPU; there, messages pass through pinned host memory.
 """
 
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -44,15 +42,6 @@ def channel_groups(layout: Layout, used: Iterable[Channel]) -> dict[tuple[int, C
     return groups
 
 
-@dataclass
-class _Posted:
-    """A receive on its way: where it arrives, and for a GPU over gloo where it goes from there."""
-
-    work: dist.Work
-    buffer: Tensor
-    target: Tensor
-
-
 class PipelineTransport:
     """One rank's messages. All have the shape and dtype of ``like``. ``groups`` as from ``channel_groups``, or None to
     tell channels apart by tag on the default group."""
@@ -66,16 +55,13 @@ class PipelineTransport:
     ) -> None:
         self._layout, self._like, self._groups = layout, like, groups
         self._pipeline, self._data = layout.pipeline_index(rank), layout.data_index(rank)
-        self._staged = groups is None and like.is_cuda
-        self._posted: dict[Message, _Posted] = {}
+        self._posted: dict[Message, tuple[dist.Work, Tensor]] = {}
         self._leaving: deque[tuple[dist.Work, Tensor]] = deque()
         self.bytes_sent = 0
 
     def send(self, message: Message, peer: int, tensor: Tensor) -> None:
         assert tensor.shape == self._like.shape and tensor.dtype == self._like.dtype, (message, tensor.shape)
         outgoing = tensor.contiguous()
-        if self._staged:
-            outgoing = torch.empty_like(outgoing, device="cpu", pin_memory=True).copy_(outgoing)
         group, tag = self._route(self._pipeline, peer, message.kind)
         work = dist.isend(outgoing, self._layout.rank(peer, self._data), group=group, tag=tag)
         assert work is not None
@@ -85,19 +71,16 @@ class PipelineTransport:
             self._leaving.popleft()
 
     def receive(self, message: Message, peer: int) -> None:
-        target = torch.empty_like(self._like)
-        buffer = torch.empty_like(target, device="cpu", pin_memory=True) if self._staged else target
+        buffer = torch.empty_like(self._like)
         group, tag = self._route(peer, self._pipeline, message.kind)
         work = dist.irecv(buffer, self._layout.rank(peer, self._data), group=group, tag=tag)
         assert work is not None
-        self._posted[message] = _Posted(work, buffer, target)
+        self._posted[message] = work, buffer
 
     def wait(self, message: Message, peer: int) -> Tensor:
-        posted = self._posted.pop(message)
-        posted.work.wait()
-        if posted.buffer is not posted.target:
-            posted.target.copy_(posted.buffer)
-        return posted.target
+        work, buffer = self._posted.pop(message)
+        work.wait()
+        return buffer
 
     def flush(self) -> None:
         while self._leaving:

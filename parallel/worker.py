@@ -92,8 +92,8 @@ class Worker:
         like = torch.empty(
             job.micro_batch_size, job.sequence_length, job.model.hidden_size, dtype=job.dtype, device=job.device
         )
-        nccl = layout.pipeline > 1 and dist.get_backend() == "nccl"
-        groups = channel_groups(layout, channels([self.program])) if nccl else None
+        over_nccl = layout.pipeline > 1 and job.device.type == "cuda"
+        groups = channel_groups(layout, channels([self.program])) if over_nccl else None
         self.transport = PipelineTransport(layout, rank, like, groups)
 
     @property
