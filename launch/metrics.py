@@ -27,7 +27,8 @@ class MetricsLog:
 
     def __init__(self, path: str | Path, resumed_step: int = 0) -> None:
         self.path = Path(path)
-        kept = "".join(_line(entry) for entry in read_jsonl(self.path) if _step(entry) <= resumed_step)
+        steps = filter(_is_step, read_jsonl(self.path))
+        kept = "".join(_line(entry) for entry in steps if _step(entry) <= resumed_step)
         # The old file stays whole until the shorter one is: a crash here loses no step.
         aside = self.path.with_name(self.path.name + ".part")
         aside.write_text(kept, encoding="utf-8")
@@ -218,6 +219,10 @@ def print_summary(
     rows.append(("to go on", f"{command} {shlex.join(words)}"))
     for label, text in rows:
         console.print(f"{label:<16} {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _is_step(entry: Mapping[str, Any]) -> bool:
+    return type(entry.get("step")) is int
 
 
 def _step(entry: Mapping[str, Any]) -> int:

@@ -69,6 +69,12 @@ def prepare(config: Config, here: Place, device: torch.device) -> None:
         dist.init_process_group("gloo", timeout=timeout)
 
 
+def leave() -> None:
+    """Leave the group together: a process that ends while a peer's threads still listen to it can abort the peer."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def keep_memory() -> None:
     """Tell glibc to keep freed memory instead of giving it back, in one heap for all threads: activations of megabytes
     come and go all the time, and zeroing fresh pages for each of them costs more than computing it. Elsewhere than on
@@ -124,7 +130,7 @@ class StopRequest:
         self.signal: int | None = None
         self.graceful = False
         self._when = 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: object) -> None:

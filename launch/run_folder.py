@@ -46,8 +46,8 @@ class RunFolder:
                 f"or give the values of the run"
             )
         try:
-            stored = json.loads(self.data_file.read_text())["fingerprint"]
-        except (OSError, ValueError, KeyError) as error:
+            stored = str(json.loads(self.data_file.read_text())["fingerprint"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"run.dir={self.path} has a damaged data.json ({error})") from None
         if stored != fingerprint:
             raise ConfigError(
@@ -65,8 +65,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / "lock").open("a+")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _write(self.config_file, dump(config))
             _write(self.data_file, json.dumps({"source": config.data.source, "fingerprint": fingerprint}) + "\n")
+            _write(self.config_file, dump(config))
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES) and not isinstance(error, PermissionError):
                 raise ConfigError(f"run.dir={self.path} is in use: another process is training in it") from None

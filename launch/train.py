@@ -70,18 +70,20 @@ def as_rank(arguments: argparse.Namespace) -> int:
 
 
 def _run(config: Config, arguments: argparse.Namespace) -> int:
-    from launch.rank import StopRequest, device_of, place, prepare
+    from launch.rank import StopRequest, device_of, leave, place, prepare
 
     stop = StopRequest()
     here = place(os.environ)
     check_world_size(config, here.world_size)
     device = device_of(config, here)
-    prepare(config, here, device)
     folder = RunFolder(config)
-    from launch.trainer import Trainer
-
     try:
-        return Trainer(config, here.rank, device, folder, arguments, stop).run()
+        prepare(config, here, device)
+        from launch.trainer import Trainer
+
+        status = Trainer(config, here.rank, device, folder, arguments, stop).run()
+        leave()
+        return status
     except Exception as error:
         if is_users(error):
             raise

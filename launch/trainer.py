@@ -79,6 +79,8 @@ class Trainer:
         if self.leads:
             self.folder.events.write("resume", step=self.progress.step, checkpoint=str(box[0]))
             self._say(f"resuming from {box[0]}, after step {self.progress.step}")
+            if self.progress.step >= self.config.train.steps:
+                self._say(f"nothing to train: train.steps={self.config.train.steps} are done")
 
     def _newest(self) -> Path | None:
         if not self.leads:

@@ -204,7 +204,8 @@ def _refuse_strangers(path: Path, worker: Worker) -> None:
 
 def published(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first, whole or not."""
-    return sorted(folder.glob(f"{_PREFIX}[0-9]*")) if folder.is_dir() else []
+    steps = {path: path.name[len(_PREFIX) :] for path in folder.glob(f"{_PREFIX}*")}  # "step-6.best" is a user's own
+    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
 
 def missing(path: Path) -> str | None:
@@ -213,16 +214,17 @@ def missing(path: Path) -> str | None:
         if not (path / name).is_file():
             return f"{name} is missing"
     try:
-        json.loads((path / _STATE).read_text())
-    except ValueError as error:
+        progress = Progress(**json.loads((path / _STATE).read_text()))
+        if not all(type(value) is int and value >= 0 for value in asdict(progress).values()):
+            raise ValueError("step and sequences must be counts")
+    except (ValueError, TypeError) as error:
         return f"{_STATE} is damaged ({error})"
     try:
-        stored = FileSystemReader(path).read_metadata().storage_data or {}
+        needed: dict[str, int] = {}
+        for place in (FileSystemReader(path).read_metadata().storage_data or {}).values():
+            needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
     except Exception as error:  # whatever unpickling other bytes may raise
-        return f".metadata is damaged ({error})"
-    needed: dict[str, int] = {}
-    for place in stored.values():
-        needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
+        return f".metadata is damaged ({' '.join(str(error).split())})"
     for name, size in needed.items():
         file = path / name
         if not file.is_file():

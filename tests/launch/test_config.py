@@ -224,7 +224,7 @@ def test_a_world_of_another_size_is_refused(tmp_path: Path) -> None:
         ("train.seed=9", True),
         ("train.sequence_length=4", True),
         ("data.source=elsewhere", True),
-        ("data.validation_sequences=1", True),
+        ("data.validation_sequences=1", False),
         ("train.steps=99", False),
         ("layout.data=2", False),
         ("optimizer.learning_rate=1e-5", False),

@@ -217,3 +217,30 @@ def test_cuda_asked_for_and_not_there_is_refused(config: Path) -> None:
     refused = train(config, "train.device=cuda")
     assert refused.returncode == 2
     assert "train.device=cuda" in refused.stderr and len(refused.stderr.splitlines()) == 1
+
+
+def test_what_a_service_manager_sends_to_the_whole_group_leaves_a_checkpoint(config: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command(config, "train.steps=100000", "checkpoint.every=0"),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(lambda: len(entries(tmp_path / "run")) >= 1)
+    ranks = descendants(process)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 143, error
+    assert "with a checkpoint of it" in out
+    assert_gone(ranks)
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_a_copy_of_a_checkpoint_that_the_user_made_stays(config: Path, tmp_path: Path) -> None:
+    assert train(config, "train.steps=2").returncode == 0
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step-00000002").rename(checkpoints / "step-00000002.best")
+    assert train(config, "train.steps=8").returncode == 0
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["step-00000002.best", "step-00000006", "step-00000008"]
