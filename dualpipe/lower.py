@@ -5,6 +5,9 @@ posted ahead: on each channel (from, to, kind) the first ``window`` at the start
 each wait, so that a message finds its buffer waiting and no channel holds more than ``window`` of them.
 """
 
+from collections import defaultdict
+from itertools import accumulate
+
 from dualpipe.dataflow import made, maker, needed
 from dualpipe.program import (
     Free,
@@ -21,6 +24,7 @@ from dualpipe.program import (
     Step,
     Wait,
     computed,
+    dump_message,
     dump_slot,
 )
 
@@ -61,7 +65,7 @@ def lower(program: Program, window: int = 2, training: bool = True) -> Program:
 
     ``window`` is the number of receive buffers of a channel. A program without a backward is a forward pass: its
     activations die with their forward, and it ends without a step. Raises ProgramError when ``program`` does not hold
-    computing slots only, or when an input is never made or an output never used.
+    computing slots of their own rank only, or when an input is never made or an output never used.
     """
     if window < 1:
         raise ValueError(f"window={window} must be at least 1: a message needs a buffer to arrive in")
@@ -69,18 +73,25 @@ def lower(program: Program, window: int = 2, training: bool = True) -> Program:
     for channel in sends | waits:
         _check_channel(channel, sends.get(channel, []), waits.get(channel, []))
     forward_only = all(c.op is Op.FORWARD for slots in program.slots for slot in slots for c in computed(slot))
+    reduces = [[]] * program.ranks if forward_only or not training else _reduces(program)
     slots = []
     for rank in range(program.ranks):
         inboxes = {(peer, kind): _Inbox(peer, sends[peer, to, kind], window) for peer, to, kind in waits if to == rank}
-        slots.append(tuple(_lower_rank(program, rank, inboxes, forward_only, training)))
+        slots.append(tuple(_lower_rank(program, rank, inboxes, forward_only, reduces[rank])))
     return Program(program.schedule, program.microbatches, program.routes, tuple(slots))
 
 
 def _lower_rank(
-    program: Program, rank: int, inboxes: dict[tuple[int, Kind], _Inbox], forward_only: bool, training: bool
+    program: Program,
+    rank: int,
+    inboxes: dict[tuple[int, Kind], _Inbox],
+    forward_only: bool,
+    reduces: list[tuple[int, int]],
 ) -> list[Slot]:
     out: list[Slot] = [receive for inbox in inboxes.values() for receive in inbox.refill()]
-    reduces = {} if forward_only or not training else _last_backwards(program.slots[rank])
+    starting: defaultdict[int, list[Slot]] = defaultdict(list)
+    for index, stage in reduces:
+        starting[index].append(Reduce(stage))
     for index, slot in enumerate(program.slots[rank]):
         operations = computed(slot)
         for operation in operations:
@@ -93,10 +104,8 @@ def _lower_rank(
                 peer = program.rank_of(message.work)
                 out += [Send(message, peer)] if peer != rank else []
         out += [Free(operation.work) for operation in operations if _ends_life(operation.op, forward_only)]
-        out += [Reduce(reduces[index])] if index in reduces else []
-    if training and not forward_only:
-        out += [Step(), *(Gather(stage) for stage in reduces.values())]
-    return out
+        out += starting.get(index, [])
+    return [*out, Step(), *(Gather(stage) for _, stage in reduces)] if reduces else out
 
 
 def _ends_life(op: Op, forward_only: bool) -> bool:
@@ -111,15 +120,27 @@ def _ends_life(op: Op, forward_only: bool) -> bool:
             raise AssertionError(op)
 
 
-def _last_backwards(slots: tuple[Slot, ...]) -> dict[int, int]:
-    """The index of the slot that completes a stage's gradients -> the stage, in the order of the slots."""
-    last = {
-        operation.work.stage: index
-        for index, slot in enumerate(slots)
-        for operation in computed(slot)
-        if operation.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT)
-    }
-    return {index: stage for stage, index in sorted(last.items(), key=lambda item: item[1])}
+def _reduces(program: Program) -> list[list[tuple[int, int]]]:
+    """For each rank, the slots after which it reduces its stages: (index, stage), in one order that all ranks agree on.
+
+    The order is that in which the stages' gradients are complete on the last of their ranks. A rank that has a stage's
+    earlier than those before it in the order holds it back: ranks that share two stages would wait crosswise.
+    """
+    complete: list[dict[int, int]] = [
+        {
+            operation.work.stage: index
+            for index, slot in enumerate(slots)
+            for operation in computed(slot)
+            if operation.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT)
+        }
+        for slots in program.slots
+    ]
+    everywhere = {s: max(own.get(s, 0) for own in complete) for s in range(program.stages)}
+    reduces = []
+    for own in complete:
+        order = sorted(own, key=lambda stage: (everywhere[stage], stage))
+        reduces.append(list(zip(accumulate((own[stage] for stage in order), max), order, strict=True)))
+    return reduces
 
 
 def _channels(program: Program) -> tuple[dict[Channel, list[Message]], dict[Channel, list[Message]]]:
@@ -132,6 +153,9 @@ def _channels(program: Program) -> tuple[dict[Channel, list[Message]], dict[Chan
             if not operations:
                 raise ProgramError(f"rank {rank}, slot {index} ({dump_slot(slot)}): not compute order, lowered already")
             for operation in operations:
+                if not program.has(operation.work) or program.rank_of(operation.work) != rank:
+                    where = f"stage {operation.work.stage} of micro-batch {operation.work.microbatch}"
+                    raise ProgramError(f"rank {rank}, slot {index} ({dump_slot(slot)}): {where} is not on this rank")
                 wanted, output = needed(program, operation), made(program, operation)
                 if wanted is not None and (peer := program.rank_of(maker(wanted))) != rank:
                     waits.setdefault((peer, rank, wanted.kind), []).append(wanted)
@@ -145,10 +169,6 @@ def _check_channel(channel: Channel, sends: list[Message], waits: list[Message])
     if len(set(sends)) < len(sends) or len(set(waits)) < len(waits):
         raise ProgramError(f"rank {source} to rank {target}: an operation that sends or needs a message is there twice")
     if missing := sorted(set(waits) - set(sends), key=lambda message: message.work):
-        raise ProgramError(f"rank {target} needs {_name(missing[0])}, which rank {source} never makes")
+        raise ProgramError(f"rank {target} needs {dump_message(missing[0])}, which rank {source} never makes")
     if unused := sorted(set(sends) - set(waits), key=lambda message: message.work):
-        raise ProgramError(f"rank {source} makes {_name(unused[0])}, which rank {target} never uses")
-
-
-def _name(message: Message) -> str:
-    return f"{message.kind.value}{message.work.stage}.{message.work.microbatch}"
+        raise ProgramError(f"rank {source} makes {dump_message(unused[0])}, which rank {target} never uses")

@@ -32,12 +32,16 @@ class Op(Enum):
     BACKWARD_INPUT = "I"
     BACKWARD_WEIGHT = "W"
 
+    __hash__ = object.__hash__  # Enum's own hashes the name, in Python: a large program asks for it millions of times
+
 
 class Kind(Enum):
     """What a message carries: an activation into a stage, or the gradient of a stage's output."""
 
     ACTIVATION = "A"
     GRADIENT = "G"
+
+    __hash__ = object.__hash__
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -149,6 +153,10 @@ class Program:
         """The rank that runs this work."""
         return self.routes[self.direction(work.microbatch)][work.stage]
 
+    def has(self, work: Work) -> bool:
+        """Whether there is such a stage and such a micro-batch."""
+        return 0 <= work.stage < self.stages and 0 <= work.microbatch < self.microbatches
+
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that a rank holds, in the order of the routes that bring them there."""
         return tuple(s for route in self.routes for s, r in enumerate(route) if r == rank)
@@ -169,6 +177,10 @@ def computed(slot: Slot) -> tuple[Compute, ...]:
             return ()
 
 
+def dump_message(message: Message) -> str:
+    return f"{message.kind.value}{message.work.stage}.{message.work.microbatch}"
+
+
 def dump_slot(slot: Slot) -> str:
     match slot:
         case Compute(op, w):
@@ -176,11 +188,11 @@ def dump_slot(slot: Slot) -> str:
         case Overlap(f, b):
             return f"F{f.stage}.{f.microbatch}&B{b.stage}.{b.microbatch}"
         case Send(m, peer):
-            return f"send:{m.kind.value}{m.work.stage}.{m.work.microbatch}>{peer}"
+            return f"send:{dump_message(m)}>{peer}"
         case Receive(m, peer):
-            return f"recv:{m.kind.value}{m.work.stage}.{m.work.microbatch}<{peer}"
+            return f"recv:{dump_message(m)}<{peer}"
         case Wait(m, peer):
-            return f"wait:{m.kind.value}{m.work.stage}.{m.work.microbatch}<{peer}"
+            return f"wait:{dump_message(m)}<{peer}"
         case Free(w):
             return f"free:{w.stage}.{w.microbatch}"
         case Reduce(stage):
@@ -203,7 +215,7 @@ def dump(program: Program) -> str:
 
 # A number has one spelling, or the text of a program would not be one text.
 _N = "(0|[1-9][0-9]*)"
-_HEAD = re.compile(rf"program ([a-z][a-z0-9_-]*) stages={_N} microbatches={_N} routes=({_N}(?:[,/]{_N})*)")
+_HEAD = re.compile(rf"program ([a-z0-9][a-z0-9_-]*) stages={_N} microbatches={_N} routes=({_N}(?:[,/]{_N})*)")
 _PAIR = re.compile(rf"F{_N}\.{_N}&B{_N}\.{_N}")
 _COMPUTE = re.compile(rf"([FBIW]){_N}\.{_N}")
 _MESSAGE = re.compile(rf"(?:(send):([AG]){_N}\.{_N}>|(recv|wait):([AG]){_N}\.{_N}<){_N}")

@@ -4,9 +4,10 @@ The interpreter owns the tensors on their way between stages and nothing else. W
 backward is the stage's, until the program says that it is dead.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
@@ -27,6 +28,9 @@ from dualpipe.program import (
     Wait,
     Work,
 )
+from dualpipe.progress import Span
+
+AStage = TypeVar("AStage", bound="Stage")
 
 
 class Stage(Protocol):
@@ -45,6 +49,13 @@ class Stage(Protocol):
 
     def backward_weight(self, work: Work) -> None:
         """W: the weight gradients that the I of this work deferred."""
+        ...
+
+    def overlapped(
+        self: AStage, work: Work, x: Tensor | None, other: AStage, other_work: Work, gradient: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """F of ``work`` here and B of ``other_work`` in ``other``, as a pair of which each half may hide the other's
+        communication -> (output, input gradient)."""
         ...
 
     def free(self, work: Work) -> None:
@@ -84,17 +95,17 @@ class StepEnd(Protocol):
 
 @dataclass
 class Report:
-    """What running a program showed: the most micro-batches whose activations were alive at once."""
+    """What running a program showed: the most micro-batches whose activations were alive at once, each in one stage,
+    and, if it was recorded, every slot in the order of execution, in seconds of ``time.perf_counter``: when this
+    process began with it and when it went on. A device may have finished the slot's work later."""
 
     peak_activations: int = 0
-
-
-Recorder = Callable[[Slot], None]
-"""Called with each slot when it is done."""
+    spans: list[Span] = field(default_factory=list)
 
 
 class Interpreter:
-    """One rank's run through its slots. ``stages`` maps a stage's number to the object that computes it."""
+    """One rank's run through its slots. ``stages`` maps a stage's number to the object that computes it; ``record``
+    asks for the spans of the report."""
 
     def __init__(
         self,
@@ -103,7 +114,7 @@ class Interpreter:
         stages: Mapping[int, Stage],
         transport: Transport,
         end: StepEnd | None = None,
-        record: Recorder | None = None,
+        record: bool = False,
     ) -> None:
         self.program, self.rank, self.stages, self.transport = program, rank, stages, transport
         self.end, self.record = end, record
@@ -114,9 +125,10 @@ class Interpreter:
         self._alive: set[Work] = set()
         self._report = Report()
         for slot in self.program.slots[self.rank]:
+            start = perf_counter()
             self._execute(slot)
-            if self.record is not None:
-                self.record(slot)
+            if self.record:
+                self._report.spans.append(Span(slot, start, perf_counter()))
         self.transport.flush()
         assert not self._tensors and not self._alive, (self.rank, self._tensors.keys(), self._alive)
         return self._report
@@ -130,8 +142,7 @@ class Interpreter:
             case Compute(Op.BACKWARD_WEIGHT, work):
                 self.stages[work.stage].backward_weight(work)
             case Overlap(forward, backward):
-                self._forward(forward)
-                self._backward(Op.BACKWARD, backward)
+                self._pair(forward, backward)
             case Send(message, peer):
                 self.transport.send(message, peer, self._tensors.pop(message))
             case Receive(message, peer):
@@ -151,19 +162,34 @@ class Interpreter:
                 raise AssertionError(slot)
 
     def _forward(self, work: Work) -> None:
+        self._leave_output(work, self.stages[work.stage].forward(work, self._input(work)))
+
+    def _backward(self, op: Op, work: Work) -> None:
+        stage = self.stages[work.stage]
+        run = stage.backward if op is Op.BACKWARD else stage.backward_input
+        self._leave_gradient(work, run(work, self._gradient(work)))
+
+    def _pair(self, forward: Work, backward: Work) -> None:
+        x, gradient = self._input(forward), self._gradient(backward)
+        stage, other = self.stages[forward.stage], self.stages[backward.stage]
+        y, gx = stage.overlapped(forward, x, other, backward, gradient)
+        self._leave_output(forward, y)
+        self._leave_gradient(backward, gx)
+
+    def _input(self, work: Work) -> Tensor | None:
         self._alive.add(work)
         self._report.peak_activations = max(self._report.peak_activations, len(self._alive))
-        x = self._tensors.pop(Message(Kind.ACTIVATION, work)) if work.stage > 0 else None
-        y = self.stages[work.stage].forward(work, x)
+        return self._tensors.pop(Message(Kind.ACTIVATION, work)) if work.stage > 0 else None
+
+    def _gradient(self, work: Work) -> Tensor | None:
+        last = work.stage == self.program.stages - 1
+        return None if last else self._tensors.pop(Message(Kind.GRADIENT, work))
+
+    def _leave_output(self, work: Work, y: Tensor | None) -> None:
         if y is not None:
             self._tensors[Message(Kind.ACTIVATION, Work(work.stage + 1, work.microbatch))] = y
 
-    def _backward(self, op: Op, work: Work) -> None:
-        last = work.stage == self.program.stages - 1
-        gradient = None if last else self._tensors.pop(Message(Kind.GRADIENT, work))
-        stage = self.stages[work.stage]
-        run = stage.backward if op is Op.BACKWARD else stage.backward_input
-        gx = run(work, gradient)
+    def _leave_gradient(self, work: Work, gx: Tensor | None) -> None:
         if gx is not None:
             self._tensors[Message(Kind.GRADIENT, Work(work.stage - 1, work.microbatch))] = gx
 

@@ -1,25 +1,27 @@
 """One rank of a training job: builds its stages, groups and optimizer, and runs steps."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dualpipe.load import check_training
 from dualpipe.lower import lower
 from dualpipe.program import Program
-from dualpipe.runtime import Interpreter
+from dualpipe.progress import Span
+from dualpipe.runtime import Interpreter, Report
 from dualpipe.schedules import generate
-from dualpipe.schedules.dualpipe import forward_only
+from dualpipe.schedules.forward import forward_only
 from model.config import ModelConfig
 from model.exchange import Exchange, LocalExchange
 from model.linear import WeightGradients, own
 from model.transformer import Transformer, expert_parameters, initialise
 from parallel.bucket import Bucket
 from parallel.deepspeed_backend import DeepSpeedAdamW
-from parallel.exchange import FlatExchange
+from parallel.exchange import GroupExchange, flat
 from parallel.groups import Groups
 from parallel.mesh import Layout
 from parallel.optimizer import AdamW
@@ -33,7 +35,8 @@ from parallel.transport import PipelineTransport, channel_groups, channels
 @dataclass(frozen=True)
 class Job:
     """What is trained and how it is split. Sizes in sequences and tokens; ``dtype`` is that of activations and of the
-    parameters that compute."""
+    parameters that compute. ``dispatch``: flat or hierarchical. ``chunks``: the stages of a rank, where the schedule
+    leaves them open; ``program``: a lowered program, validated, to run instead of the schedule's."""
 
     model: ModelConfig
     layout: Layout
@@ -45,6 +48,9 @@ class Job:
     global_batch_size: int
     micro_batch_size: int
     optimizer: OptimizerConfig
+    dispatch: str = "flat"
+    chunks: int | None = None
+    program: Program | None = None
 
     @property
     def microbatches(self) -> int:
@@ -55,7 +61,8 @@ class Job:
 @dataclass(frozen=True)
 class StepResult:
     """One training step. ``loss`` is the mean over target tokens of the cross-entropy (nats) plus the weighted balance
-    loss; ``expert_load``: busiest over mean, by MoE layer; ``peak_activations`` are this rank's own."""
+    loss; ``expert_load``: busiest over mean, by MoE layer; ``peak_activations`` are this rank's own, and so are
+    ``spans``, what it executed and when, if that was recorded."""
 
     loss: float
     cross_entropy: float
@@ -64,6 +71,7 @@ class StepResult:
     expert_load: dict[int, float]
     stop: bool
     peak_activations: int
+    spans: Sequence[Span]
 
     @property
     def finite(self) -> bool:
@@ -72,14 +80,17 @@ class StepResult:
 
 
 class Worker:
-    """``rank`` of the world; torch.distributed is initialised, unless the world is this one process."""
+    """``rank`` of the world; torch.distributed is initialised, unless the world is this one process.
+
+    Raises ValueError for sizes that the schedule refuses, and for a program that is for other sizes.
+    """
 
     def __init__(self, job: Job, rank: int) -> None:
         self.job, self.rank = job, rank
         layout = job.layout
         self.position, self.replica = layout.pipeline_index(rank), layout.data_index(rank)
-        self.program = lower(generate(job.schedule, layout.pipeline, job.microbatches))
-        self.groups = Groups(layout, self.program.routes)
+        self.program = _program(job)
+        self.groups = Groups(layout, self.program.routes, job.dispatch == "hierarchical")
         self.held = {stage: self._hold(stage) for stage in sorted(self.program.stages_of(self.position))}
         buckets = [bucket for held in self.held.values() for bucket in held.buckets]
         self.optimizer: ShardOptimizer = (
@@ -106,14 +117,16 @@ class Worker:
         count = sequences // self.job.layout.data
         return self.replica * count, count
 
-    def train_step(self, tokens: Tensor | None, learning_rate: float, stop: bool = False) -> StepResult:
+    def train_step(
+        self, tokens: Tensor | None, learning_rate: float, stop: bool = False, record: bool = False
+    ) -> StepResult:
         """``tokens``: this replica's rows of the global batch, [rows, S+1] int64, or None where ``needs_data`` is
-        false. ``stop``: ask all ranks to stop after this step."""
+        false. ``stop``: ask all ranks to stop after this step. ``record``: keep what this rank executes, and when."""
         job = self.job
         scale = StepScale(job.global_batch_size * job.sequence_length, job.global_batch_size)
         self._begin(tokens, scale, training=True)
         self.end.begin(learning_rate, stop)
-        report = self._run(self.program, self.end)
+        report = self._run(self.program, self.end, record)
         sums = self.end.sums
         cross_entropy = sums.cross_entropy / scale.tokens
         balance = job.model.balance_loss_alpha * sums.balance / scale.sequences
@@ -124,7 +137,8 @@ class Worker:
             sums.grad_norm,
             sums.expert_load,
             sums.stop,
-            report,
+            report.peak_activations,
+            report.spans,
         )
 
     def evaluation_batch(self, sequences: int) -> int:
@@ -138,7 +152,7 @@ class Worker:
         job = self.job
         microbatches = self.evaluation_batch(sequences) // (job.layout.data * job.micro_batch_size)
         if microbatches not in self._evaluation:
-            self._evaluation[microbatches] = lower(forward_only(job.layout.pipeline, microbatches), training=False)
+            self._evaluation[microbatches] = lower(forward_only(self.program, microbatches))
         self._begin(tokens, StepScale(1, 1), training=False)
         with torch.no_grad():
             self._run(self._evaluation[microbatches], None)
@@ -156,9 +170,9 @@ class Worker:
         for held in self.held.values():
             held.stage.begin(parts, scale, training)
 
-    def _run(self, program: Program, end: StepEnd | None) -> int:
+    def _run(self, program: Program, end: StepEnd | None, record: bool = False) -> Report:
         stages = {stage: held.stage for stage, held in self.held.items()}
-        return Interpreter(program, self.position, stages, self.transport, end).run().peak_activations
+        return Interpreter(program, self.position, stages, self.transport, end, record).run()
 
     def _hold(self, stage: int) -> HeldStage:
         job, layout = self.job, self.job.layout
@@ -187,9 +201,28 @@ class Worker:
         gradients = WeightGradients({p: g for bucket in buckets for p, g in bucket.buffers.items()})
         own(model, gradients)
 
-        exchange: Exchange = LocalExchange(each)
-        expert_group = self.groups.of(layout.expert_group(self.rank))
-        if expert_group is not None:
-            exchange = FlatExchange(expert_group, each)
-        held = ModelStage(model, gradients, exchange, job.device)
+        held = ModelStage(model, gradients, self._exchange(each), job.device)
         return HeldStage(held, buckets, self.groups.of(replicas), counts=self.rank == replicas[0])
+
+    def _exchange(self, experts: int) -> Exchange:
+        """How tokens reach their experts, of which each rank holds so many."""
+        layout = self.job.layout
+        group = self.groups.of(layout.expert_group(self.rank))
+        if group is None:
+            return LocalExchange(experts)
+        match self.job.dispatch:
+            case "flat":
+                return flat(group, experts)
+            case "hierarchical":
+                between, inside = layout.local_peers(self.rank), layout.node_ranks(self.rank)
+                hops = [(self.groups.of(ranks), len(ranks)) for ranks in (between, inside)]
+                return GroupExchange(group, experts, hops)
+            case _:
+                raise ValueError(f"dispatch.kind={self.job.dispatch} must be flat or hierarchical")
+
+
+def _program(job: Job) -> Program:
+    if job.program is None:
+        return lower(generate(job.schedule, job.layout.pipeline, job.microbatches, job.chunks))
+    check_training(job.program, job.layout.pipeline, job.microbatches)
+    return job.program

@@ -12,24 +12,12 @@ n = M/2 micro-batches in each direction:
 Index 0 is the direction whose forward reaches the rank's half of the pipeline first, 1 the other.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator
-
-from dualpipe.program import Compute, Op, Overlap, Program, Slot, Work
-
-# One slot of the table: an operation and its index, or a forward and a backward as a pair.
-Turn = tuple[tuple[Op, int], ...]
-
-F0: Turn = ((Op.FORWARD, 0),)
-F1: Turn = ((Op.FORWARD, 1),)
-B0: Turn = ((Op.BACKWARD, 0),)
-B1: Turn = ((Op.BACKWARD, 1),)
-I0: Turn = ((Op.BACKWARD_INPUT, 0),)
-I1: Turn = ((Op.BACKWARD_INPUT, 1),)
-W: Turn = ((Op.BACKWARD_WEIGHT, 0),)  # of either index: the oldest that is deferred
+from dualpipe.program import Program, Work
+from dualpipe.schedules.rules import check_microbatches, check_ranks
+from dualpipe.schedules.table import B0, B1, F0, F1, I0, I1, Phase, W, spell
 
 
-def phases(half: int, h: int, each: int) -> list[tuple[int, tuple[Turn, ...]]]:
+def phases(half: int, h: int, each: int) -> list[Phase]:
     """The table for a rank at distance ``h`` from its end of the pipeline: how many times, and which turns.
 
     ``half`` is H; ``each`` is the number of micro-batches of one index, at least 2H.
@@ -54,79 +42,34 @@ def phases(half: int, h: int, each: int) -> list[tuple[int, tuple[Turn, ...]]]:
     ]
 
 
-def compute_order(half: int, h: int, each: int, place: Callable[[int, int], Work]) -> tuple[Slot, ...]:
-    """The table of ``phases`` spelled out; ``place(index, k)`` is the work of the k-th micro-batch of an index."""
-
-    def works(index: int) -> Iterator[Work]:
-        return (place(index, k) for k in range(each))
-
-    forwards, backwards = (works(0), works(1)), (works(0), works(1))
-    deferred: deque[Work] = deque()
-
-    def slot(turn: Turn) -> Slot:
-        match turn:
-            case ((Op.FORWARD, f), (Op.BACKWARD, b)):
-                return Overlap(next(forwards[f]), next(backwards[b]))
-            case ((Op.FORWARD, index),):
-                return Compute(Op.FORWARD, next(forwards[index]))
-            case ((Op.BACKWARD, index),):
-                return Compute(Op.BACKWARD, next(backwards[index]))
-            case ((Op.BACKWARD_INPUT, index),):
-                deferred.append(next(backwards[index]))
-                return Compute(Op.BACKWARD_INPUT, deferred[-1])
-            case ((Op.BACKWARD_WEIGHT, _),):
-                return Compute(Op.BACKWARD_WEIGHT, deferred.popleft())
-            case _:
-                raise AssertionError(turn)
-
-    return tuple(slot(turn) for times, turns in phases(half, h, each) for _ in range(times) for turn in turns)
-
-
 def dualpipe(ranks: int, microbatches: int) -> Program:
     """DualPipe's compute order. ``microbatches`` counts both directions; direction 0 takes the first half.
 
-    One rank runs every micro-batch forward and backward in turn. Raises ValueError unless ``ranks`` is 1 or even and
-    ``microbatches`` is even and at least twice that (on one rank: at least 1).
+    One rank runs every micro-batch forward and backward in turn. Raises ValueError as ``check`` does.
     """
-    _check_ranks(ranks)
-    rule = "1" if ranks == 1 else f"2 x layout.pipeline ({2 * ranks})"
-    if microbatches < (1 if ranks == 1 else 2 * ranks) or (ranks > 1 and microbatches % 2):
-        raise ValueError(_microbatches_error(ranks, microbatches, rule))
+    check(ranks, microbatches)
     if ranks == 1:
-        alone = tuple(Compute(op, Work(0, m)) for m in range(microbatches) for op in (Op.FORWARD, Op.BACKWARD))
-        return Program("dualpipe", microbatches, ((0,),), (alone,))
-    each = microbatches // 2
-    slots = tuple(
-        compute_order(ranks // 2, min(rank, ranks - 1 - rank), each, _placement(ranks, rank, each))
-        for rank in range(ranks)
-    )
-    return Program("dualpipe", microbatches, _routes(ranks), slots)
-
-
-def forward_only(ranks: int, microbatches: int) -> Program:
-    """The forwards of a validation pass over the stages as DualPipe places them, for any even number of micro-batches.
-
-    A rank runs what reaches it first until the other direction arrives, then alternates: with forwards of one length
-    and free messages the last rank ends after M + P - 2 of them, which no order betters.
-    """
-    _check_ranks(ranks)
-    if microbatches < min(ranks, 2) or (ranks > 1 and microbatches % 2):
-        raise ValueError(_microbatches_error(ranks, microbatches, str(min(ranks, 2))))
-    if ranks == 1:
-        alone = tuple(Compute(Op.FORWARD, Work(0, m)) for m in range(microbatches))
-        return Program("dualpipe-forward", microbatches, ((0,),), (alone,))
+        alone = [Work(0, k) for k in range(microbatches)]
+        return Program("dualpipe", microbatches, ((0,),), (spell([(microbatches, (F0, B0))], [alone], [alone]),))
     each = microbatches // 2
     slots = []
     for rank in range(ranks):
-        place = _placement(ranks, rank, each)
-        # The other direction arrives after as many forwards as fit into its way here and this direction's way there.
-        lead = min(each, ranks - 2 * min(rank, ranks - 1 - rank) - 2)
-        order = [place(0, k) for k in range(lead)]
-        for k in range(each):
-            order += [place(0, k + lead)] if k + lead < each else []
-            order += [place(1, k)]
-        slots.append(tuple(Compute(Op.FORWARD, work) for work in order))
-    return Program("dualpipe-forward", microbatches, _routes(ranks), tuple(slots))
+        works = [[Work(rank, k) for k in range(each)], [Work(ranks - 1 - rank, each + k) for k in range(each)]]
+        if rank >= ranks // 2:  # direction 1 arrives here first
+            works.reverse()
+        slots.append(spell(phases(ranks // 2, min(rank, ranks - 1 - rank), each), works, works))
+    routes = (tuple(range(ranks)), tuple(reversed(range(ranks))))
+    return Program("dualpipe", microbatches, routes, tuple(slots))
+
+
+def check(ranks: int, microbatches: int) -> None:
+    """Raises ValueError unless ``ranks`` is 1 or even and ``microbatches`` is even and at least twice that (on one
+    rank: at least 1)."""
+    check_ranks("dualpipe", ranks, even=True)
+    if ranks == 1:
+        check_microbatches("dualpipe", microbatches, 1)
+    else:
+        check_microbatches("dualpipe", microbatches, 2 * ranks, "2 x layout.pipeline", multiple=2)
 
 
 def dualpipe_bubble(
@@ -146,32 +89,3 @@ def dualpipe_peak(ranks: int) -> int:
     One rank never runs a pair and holds 1, within the bound.
     """
     return ranks + 1
-
-
-def _routes(ranks: int) -> tuple[tuple[int, ...], ...]:
-    return (tuple(range(ranks)), tuple(reversed(range(ranks))))
-
-
-def _placement(ranks: int, rank: int, each: int) -> Callable[[int, int], Work]:
-    """Where index 0 or 1 and the k-th micro-batch of it are on a rank: the far half meets direction 1 first."""
-
-    def place(index: int, k: int) -> Work:
-        direction = index if rank < ranks // 2 else 1 - index
-        return Work(rank if direction == 0 else ranks - 1 - rank, direction * each + k)
-
-    return place
-
-
-def _check_ranks(ranks: int) -> None:
-    if ranks < 1:
-        raise ValueError(f"layout.pipeline={ranks} must be at least 1")
-    if ranks > 1 and ranks % 2:
-        raise ValueError(f"layout.pipeline={ranks} must be 1 or even for schedule dualpipe")
-
-
-def _microbatches_error(ranks: int, microbatches: int, least: str) -> str:
-    even = "even and " if ranks > 1 else ""
-    return (
-        "the number of micro-batches (train.global_batch_size / (layout.data x train.micro_batch_size)) = "
-        f"{microbatches} must be {even}at least {least} for schedule dualpipe"
-    )

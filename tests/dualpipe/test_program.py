@@ -25,8 +25,9 @@ from dualpipe.program import (
     parse,
 )
 from dualpipe.schedules import generate
-from dualpipe.schedules.dualpipe import forward_only
+from dualpipe.schedules.forward import forward_only
 
+DUALPIPE = generate("dualpipe", 4, 10)
 HEAD = "program dualpipe stages=2 microbatches=4 routes=0,1/1,0\n"
 
 numbers = st.integers(0, 1000)
@@ -47,11 +48,11 @@ slots = st.one_of(
 
 @given(st.lists(st.lists(slots, max_size=6).map(tuple), min_size=2, max_size=4).map(tuple))
 def test_any_slots_come_back_from_their_text(rows: tuple[tuple, ...]) -> None:
-    program = Program("any-name_1", 4, ((0, 1), (1, 0)), rows)
+    program = Program("1-any_name", 4, ((0, 1), (1, 0)), rows)
     assert parse(dump(program)) == program
 
 
-@pytest.mark.parametrize("program", [generate("dualpipe", 1, 3), generate("dualpipe", 4, 10), forward_only(4, 6)])
+@pytest.mark.parametrize("program", [generate("1f1b", 1, 3), DUALPIPE, forward_only(DUALPIPE, 6)])
 def test_whole_programs_come_back_from_their_text(program: Program) -> None:
     assert parse(dump(program)) == program
     assert parse(dump(lower(program))) == lower(program)
@@ -62,6 +63,7 @@ def test_whole_programs_come_back_from_their_text(program: Program) -> None:
     [
         ("", 1),
         ("schedule dualpipe\n", 1),
+        ("program -dualpipe stages=1 microbatches=4 routes=0\n0:\n", 1),
         ("program dualpipe stages=2 microbatches=04 routes=0,1\n0:\n1:\n", 1),
         ("program dualpipe stages=3 microbatches=4 routes=0,1/1,0\n0:\n1:\n", 1),
         (HEAD + "0: F0.0\n", 3),

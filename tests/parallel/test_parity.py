@@ -1,11 +1,18 @@
 """Training on any layout is the training of the plain model: losses and gradient norms against the single process."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from dualpipe.cost import Costs
+from dualpipe.load import load
+from dualpipe.program import ProgramError
+from dualpipe.schedules import SCHEDULES
+from dualpipe.simulate import simulate
 from model.config import ModelConfig
 from model.router import Routing
 from model.transformer import Transformer, initialise
@@ -48,13 +55,15 @@ JOB = Job(
     micro_batch_size=1,
     optimizer=OptimizerConfig(learning_rate=1e-3, clip_norm=0.05),
 )
+SHORT = replace(JOB, model=replace(MODEL, num_hidden_layers=8), global_batch_size=8)
+"""As few layers and micro-batches as let every schedule run on four ranks."""
 STARVED = 5
 """An expert whose bias keeps every token away."""
 
 
-def batch(step: int) -> torch.Tensor:
+def batch(job: Job, step: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1000 + step)
-    shape = (JOB.global_batch_size, JOB.sequence_length + 1)
+    shape = (job.global_batch_size, job.sequence_length + 1)
     return torch.randint(0, MODEL.vocab_size, shape, generator=generator)
 
 
@@ -64,13 +73,14 @@ def starve(model: Transformer) -> None:
             block.router.bias_E[STARVED] = -10.0
 
 
-def reference() -> tuple[list[float], list[float]]:
-    """The model's own forward, torch's autograd, torch's clipping and AdamW: (losses, gradient norms)."""
+def reference(job: Job, steps: int) -> tuple[list[float], list[float], float]:
+    """The model's own forward, torch's autograd, torch's clipping and AdamW: (losses, gradient norms, summed
+    cross-entropy of the batch after the last step)."""
     torch.manual_seed(0)
-    model = Transformer(MODEL)
-    initialise(model, JOB.seed)
+    model = Transformer(job.model)
+    initialise(model, job.seed)
     starve(model)
-    c = JOB.optimizer
+    c = job.optimizer
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -83,7 +93,7 @@ def reference() -> tuple[list[float], list[float]]:
 
     def count(layer: int) -> Callable[..., None]:
         def hook(_: object, __: object, routing: Routing) -> None:
-            loads[layer] = torch.bincount(routing.indices_TK.flatten(), minlength=MODEL.n_routed_experts)
+            loads[layer] = torch.bincount(routing.indices_TK.flatten(), minlength=job.model.n_routed_experts)
 
         return hook
 
@@ -91,10 +101,10 @@ def reference() -> tuple[list[float], list[float]]:
         if block.router is not None:
             block.router.register_forward_hook(count(layer))
     losses, norms = [], []
-    for step in range(STEPS):
-        tokens = batch(step)
+    for step in range(steps):
+        tokens = batch(job, step)
         sums = model(tokens[:, :-1], tokens[:, 1:])
-        loss = sums.cross_entropy / tokens[:, 1:].numel() + MODEL.balance_loss_alpha * sums.balance / len(tokens)
+        loss = sums.cross_entropy / tokens[:, 1:].numel() + job.model.balance_loss_alpha * sums.balance / len(tokens)
         optimizer.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip_norm).item())
@@ -104,26 +114,93 @@ def reference() -> tuple[list[float], list[float]]:
                 assert loads[layer][STARVED] == 0
                 block.router.update_bias(loads[layer])
         losses.append(loss.item())
-    return losses, norms
+    with torch.no_grad():
+        tokens = batch(job, steps)
+        return losses, norms, model(tokens[:, :-1], tokens[:, 1:]).cross_entropy.item()
 
 
-def train(rank: int, layout: Layout) -> tuple[list[float], list[float], int]:
-    worker = Worker(replace(JOB, layout=layout), rank)
+def train(rank: int, layout: Layout, dispatch: str) -> tuple[list[float], list[float], int]:
+    worker = Worker(replace(JOB, layout=layout, dispatch=dispatch), rank)
     for held in worker.held.values():
         starve(held.stage.model)
     results = []
     for step in range(STEPS):
         first, count = worker.rows(JOB.global_batch_size)
-        tokens = batch(step)[first : first + count] if worker.needs_data else None
+        tokens = batch(JOB, step)[first : first + count] if worker.needs_data else None
         results.append(worker.train_step(tokens, JOB.optimizer.learning_rate))
     return [r.loss for r in results], [r.grad_norm for r in results], max(r.peak_activations for r in results)
 
 
 @pytest.mark.parametrize("pipeline,data,expert", [(1, 1, 1), (2, 1, 1), (4, 1, 1), (4, 2, 2), (2, 4, 4)])
 def test_parity(pipeline: int, data: int, expert: int) -> None:
-    layout = Layout(pipeline, data, expert)
-    losses, norms = reference()
+    parity(Layout(pipeline, data, expert), "flat")
+
+
+@pytest.mark.parametrize("ranks_per_node", [1, 2, 4])
+def test_parity_of_hierarchical_dispatch(ranks_per_node: int) -> None:
+    parity(Layout(1, 4, 4, ranks_per_node), "hierarchical")
+
+
+def parity(layout: Layout, dispatch: str) -> None:
+    losses, norms, _ = reference(JOB, STEPS)
     assert min(norms) > JOB.optimizer.clip_norm, "clipping must be active"
-    for got_losses, got_norms, _ in run_ranks(train, layout.world_size, layout):
+    for got_losses, got_norms, _ in run_ranks(train, layout.world_size, layout, dispatch):
         assert got_losses == pytest.approx(losses, rel=1e-5)
         assert got_norms == pytest.approx(norms, rel=1e-5)
+
+
+def train_each(rank: int, jobs: Sequence[Job]) -> list[tuple[list[float], list[float], float]]:
+    """Two steps and an evaluation of each job; on the way, what was executed is compared with the program, and what
+    was held with the simulation."""
+    results = []
+    for job in jobs:
+        worker = Worker(job, rank)
+        for held in worker.held.values():
+            starve(held.stage.model)
+        first, count = worker.rows(job.global_batch_size)
+        batches = [batch(job, step)[first : first + count] if worker.needs_data else None for step in range(3)]
+        plain = worker.train_step(batches[0], SHORT.optimizer.learning_rate)
+        began = time.perf_counter()
+        recorded = worker.train_step(batches[1], SHORT.optimizer.learning_rate, record=True)
+        ended = time.perf_counter()
+
+        assert not plain.spans
+        simulated = simulate(worker.program, Costs())
+        assert plain.peak_activations == simulated.peak_activations[worker.position]
+        assert tuple(span.slot for span in recorded.spans) == worker.program.slots[worker.position]
+        times = [began, *(time for span in recorded.spans for time in (span.start, span.end)), ended]
+        assert times == sorted(times)
+        evaluation = worker.evaluate(batches[2], SHORT.global_batch_size)
+        results.append(([plain.loss, recorded.loss], [plain.grad_norm, recorded.grad_norm], evaluation))
+    return results
+
+
+def last_first(ranks: int, microbatches: int) -> str:
+    """An order that no schedule has: all forwards, then the backwards from the last micro-batch on."""
+    route = ",".join(map(str, range(ranks)))
+    lines = [f"program last-first stages={ranks} microbatches={microbatches} routes={route}"]
+    for rank in range(ranks):
+        forwards = [f"F{rank}.{m}" for m in range(microbatches)]
+        lines.append(f"{rank}: " + " ".join([*forwards, *(f"B{rank}.{m}" for m in reversed(range(microbatches)))]))
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("layout", [Layout(4, 1, 1), Layout(2, 2, 2)])
+def test_every_schedule_and_a_program_from_a_file_train_alike(layout: Layout, tmp_path: Path) -> None:
+    (tmp_path / "program.txt").write_text(last_first(layout.pipeline, SHORT.global_batch_size // layout.data))
+    jobs = [replace(SHORT, layout=layout, schedule=schedule) for schedule in SCHEDULES]
+    jobs.append(replace(SHORT, layout=layout, schedule="", program=load(tmp_path / "program.txt")))
+    losses, norms, evaluation = reference(SHORT, 2)
+    for results in run_ranks(train_each, layout.world_size, jobs):
+        for got_losses, got_norms, got_evaluation in results:
+            assert got_losses == pytest.approx(losses, rel=1e-5)
+            assert got_norms == pytest.approx(norms, rel=1e-5)
+            assert got_evaluation == pytest.approx(evaluation, rel=1e-5)
+
+
+def test_more_chunks_and_a_program_for_other_sizes(tmp_path: Path) -> None:
+    worker = Worker(replace(SHORT, schedule="interleaved", chunks=4), 0)
+    assert sorted(worker.held) == [0, 1, 2, 3]
+    (tmp_path / "program.txt").write_text(last_first(1, 4))
+    with pytest.raises(ProgramError, match="= 8 must be 4, as in the program last-first"):
+        Worker(replace(SHORT, program=load(tmp_path / "program.txt")), 0)
