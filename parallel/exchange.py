@@ -1,95 +1,102 @@
-"""Expert-parallel dispatch and combine over a process group: one all-to-all over the expert group each.
+"""Expert-parallel dispatch and combine over process groups, in one hop (flat) or two (hierarchical).
 
-Every rank sorts its (token, expert) pairs by expert, which sorts them by destination too, tells each peer how many
-rows to expect per expert (the one host synchronisation), and sends. What arrives is sorted by (source, expert) and is
-put into order of expert. Combine is the same way back; the gradients follow the layout of the forward. A rank or an
-expert without a token takes part like any other.
+A token's row crosses once to each rank that owns some of its experts (flat), or once to each *node*, to the rank there
+with the sender's own local index, which passes it on to the owners inside the node (hierarchical). With every row go
+the gate values of the experts behind the hop, from which the next hop and the owner work out where it belongs. Combine
+takes the same way back and sums before each hop, so that one row returns for each that came. The gradients follow the
+layout of the forward: the gradient of combine is dispatched, the gradient of dispatch is combined.
 
-T tokens, D model, K experts a token, N = T·K pairs, G ranks of the group, E experts held here, R rows received.
+One all-gather carries the row counts of all hops, and reading them is the one host synchronisation of a dispatch. A
+rank or an expert without a token takes part like any other. Sums have a fixed order.
+
+T rows before a hop, D model, K experts a token, G ranks of the expert group, P peers of a hop, X experts behind a hop,
+N rows sent, M rows received, E experts held here, R (row, expert) pairs held here, sorted by expert.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from model.exchange import Dispatched, Pending, Sorted, count_experts, sort_by_expert
+from model.exchange import Dispatched, Pending
+
+ABSENT = -torch.inf
+"""The gate value of an expert that was not chosen."""
 
 
 @dataclass(frozen=True)
-class FlatLayout:
-    """The way of one dispatch. ``sent``/``received``: rows to and from each rank. ``by_expert_R``: for each row in
-    order of expert, its place as received; ``as_received_R`` is the inverse; both None when nothing moves."""
+class Bags:
+    """Sums of chosen rows: bag b has the rows ``places[offsets[b] : offsets[b + 1]]``, summed in that order."""
 
-    pairs: Sorted
+    places: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, member_BX: Tensor, place_BX: Tensor, members: int) -> "Bags":
+        """Bag b holds ``place_BX[b, x]`` for every x with ``member_BX[b, x]``, of which there are ``members``."""
+        sizes_B = member_BX.sum(1)
+        places = place_BX.flatten().index_select(0, _places(member_BX, members))
+        return cls(places, sizes_B.cumsum(0) - sizes_B)
+
+    def sum(self, rows: Tensor) -> Tensor:
+        """[rows, D] -> [bags, D]; an empty bag is zero."""
+        if not rows.numel():
+            return rows.new_zeros(len(self.offsets), *rows.shape[1:])
+        return F.embedding_bag(self.places, rows, self.offsets, mode="sum")
+
+
+@dataclass(frozen=True)
+class HopLayout:
+    """The way of one hop. ``sent``/``received``: rows to and from each peer. ``row_N``, ``peer_N``: which row went to
+    which peer, by peer, then row. ``rows_T``: the bags that sum what comes back."""
+
     sent: list[int]
     received: list[int]
-    by_expert_R: Tensor | None
-    as_received_R: Tensor | None
+    row_N: Tensor
+    peer_N: Tensor
+    rows_T: Bags
 
 
-class FlatExchange:
-    """``dispatch.kind: flat``. Every rank holds ``experts`` of the layer's experts, in the order of the group."""
+@dataclass(frozen=True)
+class DispatchLayout:
+    """The way of one dispatch: its hops, and what its last rank does. ``row_R``, ``expert_R``: row received and expert
+    of each pair; ``pairs_M``: the bags that sum pairs into rows received. ``gate_TK``: each token's experts."""
 
-    def __init__(self, group: dist.ProcessGroup, experts: int) -> None:
-        self.group, self.experts = group, experts
-        self.ranks = dist.get_world_size(group)
+    hops: list[HopLayout]
+    row_R: Tensor
+    expert_R: Tensor
+    pairs_M: Bags
+    gate_TK: Tensor
 
-    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Pending[Dispatched]:
-        pairs = sort_by_expert(indices_TK)
-        counts_GE = count_experts(indices_TK, self.ranks * self.experts).view(self.ranks, -1)
-        received_GE = torch.empty_like(counts_GE)
-        dist.all_to_all_single(received_GE, counts_GE, group=self.group)
-        sent, received = torch.stack([counts_GE.sum(1), received_GE.sum(1)]).tolist()
-        layout = FlatLayout(pairs, sent, received, *self._order(received_GE))
 
-        rows = self._start(pairs.spread(x_TD), sent, received)
-        weights = self._start(weights_TK.flatten().index_select(0, pairs.order_N), sent, received)
-        ends_E = received_GE.sum(0).cumsum(0).to(torch.int32)
+class Hop:
+    """An all-to-all of rows over ``group``, whose ranks are this hop's peers in order; None for a hop to oneself."""
 
-        def finish() -> Dispatched:
-            return Dispatched(
-                _take(rows.wait(), layout.by_expert_R), _take(weights.wait(), layout.by_expert_R), ends_E, layout
-            )
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
 
-        return Pending(finish)
+    def layout(self, gates_TPX: Tensor, sent: list[int], received: list[int]) -> HopLayout:
+        goes_TP = (gates_TPX != ABSENT).any(-1)
+        places = _places(goes_TP.t(), sum(sent))
+        rows = max(1, len(goes_TP))
+        rows_T = Bags.of(goes_TP, _numbered(goes_TP.t()).t(), sum(sent))
+        return HopLayout(sent, received, places % rows, places // rows, rows_T)
 
-    def combine(self, y_RD: Tensor, layout: FlatLayout) -> Pending[Tensor]:
-        rows = self._start(_take(y_RD, layout.as_received_R), layout.received, layout.sent)
-        return Pending(lambda: layout.pairs.gather(rows.wait()))
+    def forth(self, rows: Tensor, layout: HopLayout) -> Pending[Tensor]:
+        return self._start(rows, layout.sent, layout.received)
 
-    def dispatch_gradient(self, gz_TD: Tensor, layout: FlatLayout) -> Pending[Tensor]:
-        rows = self._start(layout.pairs.spread(gz_TD), layout.sent, layout.received)
-        return Pending(lambda: _take(rows.wait(), layout.by_expert_R))
-
-    def combine_gradient(
-        self, grows_RD: Tensor, gweights_R: Tensor, layout: FlatLayout
-    ) -> Pending[tuple[Tensor, Tensor]]:
-        rows = self._start(_take(grows_RD, layout.as_received_R), layout.received, layout.sent)
-        weights = self._start(_take(gweights_R, layout.as_received_R), layout.received, layout.sent)
-        pairs = layout.pairs
-
-        def finish() -> tuple[Tensor, Tensor]:
-            gweights_TK = weights.wait().index_select(0, pairs.place_N).unflatten(0, (-1, pairs.experts_a_token))
-            return pairs.gather(rows.wait()), gweights_TK
-
-        return Pending(finish)
-
-    def _order(self, received_GE: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if self.experts == 1:
-            return None, None
-        experts_R = torch.arange(self.experts, device=received_GE.device).repeat(self.ranks)
-        experts_R = experts_R.repeat_interleave(received_GE.flatten())
-        by_expert_R = torch.argsort(experts_R, stable=True)
-        as_received_R = torch.empty_like(by_expert_R)
-        as_received_R[by_expert_R] = torch.arange(by_expert_R.numel(), device=by_expert_R.device)
-        return by_expert_R, as_received_R
+    def back(self, rows: Tensor, layout: HopLayout) -> Pending[Tensor]:
+        return self._start(rows, layout.received, layout.sent)
 
     def _start(self, rows: Tensor, sent: list[int], received: list[int]) -> Pending[Tensor]:
-        rows = rows.contiguous()
+        if self.group is None:
+            return Pending(lambda: rows)
         arrived = rows.new_empty(sum(received), *rows.shape[1:])
-        work = dist.all_to_all_single(arrived, rows, received, sent, group=self.group, async_op=True)
+        work = dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=self.group, async_op=True)
 
         def finish() -> Tensor:
             work.wait()
@@ -98,5 +105,174 @@ class FlatExchange:
         return Pending(finish)
 
 
-def _take(rows: Tensor, order: Tensor | None) -> Tensor:
-    return rows if order is None else rows.index_select(0, order)
+class GroupExchange:
+    """``dispatch.kind: flat`` or ``hierarchical``, by its hops.
+
+    ``group``: the expert group; every rank of it holds ``experts`` of the layer's experts, in its order. ``hops``: the
+    group of each hop and its size; the rank of the expert group is the number whose digits are the ranks in the hops,
+    the first hop's digit standing first. Flat is the one hop [(group, G)]; hierarchical is [(the ranks of this local
+    index, nodes), (the ranks of this node, ranks a node)]. The first hop is under way when ``dispatch`` returns; a
+    second one starts when it is waited for.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, experts: int, hops: Sequence[tuple[dist.ProcessGroup | None, int]]
+    ) -> None:
+        self.group, self.experts = group, experts
+        self.ranks = dist.get_world_size(group)
+        self.hops = [Hop(of) for of, _ in hops]
+        self.sizes = [size for _, size in hops]
+        assert prod(self.sizes) == self.ranks, (self.sizes, self.ranks)
+        me = dist.get_rank(group)
+        self.digits = tuple(me // prod(self.sizes[h + 1 :]) % size for h, size in enumerate(self.sizes))
+
+    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Pending[Dispatched]:
+        gates_TX = weights_TK.new_full((len(weights_TK), self.ranks * self.experts), ABSENT)
+        gates_TX.scatter_(1, indices_TK, weights_TK)
+        splits, pairs = self._count(gates_TX != ABSENT)
+        way: list[HopLayout] = []
+        pending = self._go(0, x_TD, gates_TX, splits, way)
+
+        def finish() -> Dispatched:
+            rows_MD, gates_MX = _unpack(pending.wait(), x_TD, weights_TK)
+            for h in range(1, len(self.hops)):
+                arrived = self._go(h, rows_MD, gates_MX, splits, way).wait()
+                rows_MD, gates_MX = _unpack(arrived, x_TD, weights_TK)
+            return self._sorted(rows_MD, gates_MX, pairs, way, indices_TK)
+
+        return Pending(finish)
+
+    def combine(self, y_RD: Tensor, layout: DispatchLayout) -> Pending[Tensor]:
+        return self._return(layout.pairs_M.sum(y_RD), layout)
+
+    def dispatch_gradient(self, gz_TD: Tensor, layout: DispatchLayout) -> Pending[Tensor]:
+        pending = self.hops[0].forth(gz_TD.index_select(0, layout.hops[0].row_N), layout.hops[0])
+
+        def finish() -> Tensor:
+            rows = pending.wait()
+            for hop, way in zip(self.hops[1:], layout.hops[1:], strict=True):
+                rows = hop.forth(rows.index_select(0, way.row_N), way).wait()
+            return rows.index_select(0, layout.row_R)
+
+        return Pending(finish)
+
+    def combine_gradient(
+        self, grows_RD: Tensor, gweights_R: Tensor, layout: DispatchLayout
+    ) -> Pending[tuple[Tensor, Tensor]]:
+        grows_MD = layout.pairs_M.sum(grows_RD)
+        gweights_MX = gweights_R.new_zeros(len(grows_MD), self.experts)
+        gweights_MX.view(-1)[layout.row_R * self.experts + layout.expert_R] = gweights_R
+        pending = self.hops[-1].back(_pack(grows_MD, gweights_MX), layout.hops[-1])
+
+        def finish() -> tuple[Tensor, Tensor]:
+            arrived = pending.wait()
+            for h in reversed(range(len(self.hops))):
+                rows_ND, gates_NX = _unpack(arrived, grows_RD, gweights_R)
+                rows_TD, gates_TX = self._come_home(rows_ND, gates_NX, layout.hops[h], self.sizes[h])
+                if h > 0:
+                    arrived = self.hops[h - 1].back(_pack(rows_TD, gates_TX), layout.hops[h - 1]).wait()
+            return rows_TD, gates_TX.gather(1, layout.gate_TK)
+
+        return Pending(finish)
+
+    def _count(self, chosen_TX: Tensor) -> tuple[list[tuple[list[int], list[int]]], int]:
+        """(rows sent to, rows received from) each peer, hop by hop, and the pairs that end here: from what every rank
+        of the group knows of its own tokens."""
+        counts = []
+        for h in range(len(self.sizes)):
+            behind = chosen_TX.unflatten(1, (prod(self.sizes[: h + 1]), -1))
+            counts.append(behind.any(-1).sum(0))
+        counts.append(chosen_TX.unflatten(1, (self.ranks, -1)).sum((0, 2)))
+        own = torch.cat(counts)
+        table = own.new_empty(self.ranks, len(own))
+        dist.all_gather(list(table.unbind()), own, group=self.group)
+        *hops, pairs = table.split([len(c) for c in counts], dim=1)
+        wanted = [t for h, of in enumerate(hops) for t in self._splits(of, h)]
+        wanted.append(pairs[:, dist.get_rank(self.group)].sum().view(1))
+        numbers = torch.cat(wanted).tolist()
+        splits = []
+        for size in self.sizes:
+            splits.append((numbers[:size], numbers[size : 2 * size]))
+            numbers = numbers[2 * size :]
+        return splits, numbers[0]
+
+    def _splits(self, rows: Tensor, h: int) -> tuple[Tensor, Tensor]:
+        """Rows sent and received in hop ``h``. ``rows``: for each source rank, how many of its tokens have an expert
+        behind each choice of the first h + 1 digits. A row of a source stands, before hop h, where the digits from h
+        on are the source's and the digits before it are its goal's."""
+        by_source = rows.view(*self.sizes, *self.sizes[: h + 1])
+        me, any_source, every = self.digits, (slice(None),) * h, (slice(None),)
+        sent = by_source[any_source + me[h:] + me[:h]]
+        received = by_source[any_source + every + me[h + 1 :] + me[: h + 1]]
+        return sent.reshape(-1, self.sizes[h]).sum(0), received.reshape(-1, self.sizes[h]).sum(0)
+
+    def _go(
+        self,
+        h: int,
+        rows_TD: Tensor,
+        gates_TX: Tensor,
+        splits: list[tuple[list[int], list[int]]],
+        way: list[HopLayout],
+    ) -> Pending[Tensor]:
+        """Start hop ``h`` of rows and, with each row, the gate values of the experts behind its peer."""
+        gates_TPX = gates_TX.unflatten(1, (self.sizes[h], -1))
+        layout = self.hops[h].layout(gates_TPX, *splits[h])
+        way.append(layout)
+        packed = _pack(rows_TD.index_select(0, layout.row_N), gates_TPX[layout.row_N, layout.peer_N])
+        return self.hops[h].forth(packed, layout)
+
+    def _sorted(
+        self, rows_MD: Tensor, gates_ME: Tensor, pairs: int, way: list[HopLayout], indices_TK: Tensor
+    ) -> Dispatched:
+        """The rows that arrived, once for each of their experts here, by expert, then in the order of arrival."""
+        chosen_ME = gates_ME != ABSENT
+        place_R = _places(chosen_ME.t(), pairs)
+        expert_R, row_R = place_R // max(1, len(rows_MD)), place_R % max(1, len(rows_MD))
+        pairs_M = Bags.of(chosen_ME, _numbered(chosen_ME.t()).t(), pairs)
+        ends_E = chosen_ME.sum(0).cumsum(0).to(torch.int32)
+        layout = DispatchLayout(way, row_R, expert_R, pairs_M, indices_TK)
+        return Dispatched(rows_MD.index_select(0, row_R), gates_ME[row_R, expert_R], ends_E, layout)
+
+    def _return(self, rows: Tensor, layout: DispatchLayout) -> Pending[Tensor]:
+        pending = self.hops[-1].back(rows, layout.hops[-1])
+
+        def finish() -> Tensor:
+            rows = layout.hops[-1].rows_T.sum(pending.wait())
+            for hop, way in zip(self.hops[-2::-1], layout.hops[-2::-1], strict=True):
+                rows = way.rows_T.sum(hop.back(rows, way).wait())
+            return rows
+
+        return Pending(finish)
+
+    def _come_home(self, rows_ND: Tensor, gates_NX: Tensor, way: HopLayout, peers: int) -> tuple[Tensor, Tensor]:
+        """Sum the rows that came back from a hop, and put their gate values' gradients side by side, peer by peer."""
+        rows_TD = way.rows_T.sum(rows_ND)
+        gates_TPX = gates_NX.new_zeros(len(rows_TD), peers, gates_NX.shape[1])
+        gates_TPX[way.row_N, way.peer_N] = gates_NX
+        return rows_TD, gates_TPX.flatten(1)
+
+
+def flat(group: dist.ProcessGroup, experts: int) -> GroupExchange:
+    """One all-to-all over the expert group, whatever nodes its ranks are on."""
+    return GroupExchange(group, experts, [(group, dist.get_world_size(group))])
+
+
+def _pack(rows: Tensor, gates: Tensor) -> Tensor:
+    """Rows and gate values as the bytes of one message: a message costs more than its bytes."""
+    return torch.cat([rows.contiguous().view(torch.uint8), gates.contiguous().view(torch.uint8)], dim=1)
+
+
+def _unpack(packed: Tensor, rows_like: Tensor, gates_like: Tensor) -> tuple[Tensor, Tensor]:
+    width = rows_like.shape[1] * rows_like.element_size()
+    rows, gates = packed.tensor_split([width], dim=1)
+    return rows.contiguous().view(rows_like.dtype), gates.contiguous().view(gates_like.dtype)
+
+
+def _places(mask: Tensor, count: int) -> Tensor:
+    """The flat indices of the ``count`` true entries, in order. A given count keeps a GPU from being waited for."""
+    return torch.nonzero_static(mask.flatten(), size=count).view(-1)
+
+
+def _numbered(mask: Tensor) -> Tensor:
+    """For each true entry its number among them, in flat order; meaningless elsewhere."""
+    return (mask.flatten().cumsum(0) - 1).view(mask.shape)

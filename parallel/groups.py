@@ -10,19 +10,23 @@ from parallel.mesh import Layout
 class Groups:
     """Process groups by their ranks. Collective: every rank of the world makes all of them, in the same order.
 
-    ``of`` gives None for a group of one, which has nobody to talk to.
+    ``hierarchical``: those of its dispatch's hops too. ``of`` gives None for a group of one, which has nobody to talk
+    to.
     """
 
-    def __init__(self, layout: Layout, routes: Iterable[Sequence[int]]) -> None:
+    def __init__(self, layout: Layout, routes: Iterable[Sequence[int]], hierarchical: bool = False) -> None:
         stages = [set(positions) for positions in zip(*routes, strict=True)]
-        wanted = [layout.expert_group(rank) for rank in range(0, layout.world_size, layout.expert)]
+        ranks = range(layout.world_size)
+        wanted = [layout.expert_group(rank) for rank in ranks[:: layout.expert]]
+        if hierarchical:
+            wanted += [hop(rank) for hop in (layout.local_peers, layout.node_ranks) for rank in ranks]
         for positions in stages:
             wanted.append(layout.dense_replicas(sorted(positions)))
             wanted += [layout.expert_replicas(sorted(positions), e) for e in range(layout.expert)]
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        for ranks in wanted:
-            if len(ranks) > 1 and tuple(ranks) not in self._groups:
-                self._groups[tuple(ranks)] = dist.new_group(ranks)
+        for members in wanted:
+            if len(members) > 1 and tuple(members) not in self._groups:
+                self._groups[tuple(members)] = dist.new_group(members)
 
     def of(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
         return None if len(ranks) == 1 else self._groups[tuple(ranks)]

@@ -22,12 +22,25 @@ class Layout:
     expert: int = 1
     """Ways in which the routed experts of a layer are split over data-parallel ranks."""
 
+    ranks_per_node: int = 8
+    """Ranks of a machine; torchrun's --nproc-per-node. Dispatch counts on it where it is hierarchical."""
+
     def __post_init__(self) -> None:
-        for key in ("pipeline", "data", "expert"):
+        for key in ("pipeline", "data", "expert", "ranks_per_node"):
             if getattr(self, key) < 1:
                 raise ValueError(f"layout.{key}={getattr(self, key)} must be at least 1")
         if self.data % self.expert:
             raise ValueError(f"layout.expert={self.expert} must divide layout.data ({self.data})")
+
+    def check_nodes(self) -> None:
+        """Raises ValueError unless expert groups hold whole nodes, or nodes whole expert groups, which hierarchical
+        dispatch needs."""
+        larger, smaller = max(self.expert, self.ranks_per_node), min(self.expert, self.ranks_per_node)
+        if larger % smaller:
+            raise ValueError(
+                f"layout.ranks_per_node={self.ranks_per_node} must divide layout.expert ({self.expert}), or be a "
+                "multiple of it: hierarchical dispatch needs expert groups of whole nodes"
+            )
 
     @property
     def world_size(self) -> int:
@@ -49,6 +62,17 @@ class Layout:
         """The ranks that hold, together, every expert of this rank's layers, in the order of the experts."""
         first = rank - self.expert_index(rank)
         return list(range(first, first + self.expert))
+
+    def node_ranks(self, rank: int) -> list[int]:
+        """Those of this rank's expert group that are on its node: the second hop of a hierarchical dispatch."""
+        group, size = self.expert_group(rank), min(self.ranks_per_node, self.expert)
+        first = self.expert_index(rank) // size * size
+        return group[first : first + size]
+
+    def local_peers(self, rank: int) -> list[int]:
+        """Those of this rank's expert group that have its local index, one on each node: the first hop."""
+        size = min(self.ranks_per_node, self.expert)
+        return self.expert_group(rank)[self.expert_index(rank) % size :: size]
 
     def dense_replicas(self, positions: Sequence[int]) -> list[int]:
         """The ranks that hold a copy of a stage that lives at these pipeline positions."""

@@ -1,71 +1,39 @@
 """A slice of the model as the Stage that the runtime drives.
 
-A micro-batch goes through the phases of each block (``model/block.py``). Every phase is a small autograd graph of its
-own, with detached inputs; between phases stand the exchange's collectives, called from here, so that their order is the
-program's on every rank and never autograd's. Backward walks the phases the other way. What a phase's linear layers
-defer is kept with the micro-batch and applied by W.
+A micro-batch's forward and its backward go through the layers in pieces (``parallel/layer.py``), in the order that
+``dualpipe/overlap.py`` gives for a lone operation or for a pair of them; the embedding and the head stand at the ends.
 
 B batch, S sequence, T = B·S tokens, D model.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dualpipe.program import Work
-from model.block import Block
+from dualpipe.overlap import Phase, Piece, pair_plan, plan
+from dualpipe.program import Op, Work
 from model.exchange import Exchange, count_experts
-from model.linear import Contribution, WeightGradients
+from model.linear import WeightGradients
 from model.transformer import Transformer
+from parallel.layer import Deferred, Graph, LayerBackward, LayerForward, LayerRun, apply, run_graph
 
 PADDING = -100
 """A token that is no target: what torch's cross-entropy ignores."""
 
-
-@dataclass
-class Phase:
-    """One piece of autograd graph, from its detached inputs to its outputs."""
-
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-
-    def backward(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        """Gradients of the inputs from those of the outputs; None for an output that carries none."""
-        pairs = [(o, g) for o, g in zip(self.outputs, gradients, strict=True) if g is not None and o.requires_grad]
-        outputs, gradients = zip(*pairs, strict=True)
-        found = torch.autograd.grad(outputs, self.inputs, gradients, materialize_grads=True)
-        self.inputs = self.outputs = ()
-        return found
-
-
-def run_phase(function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> Phase:
-    """Call ``function`` on detached copies of ``inputs``; in no-grad mode nothing is recorded."""
-    if torch.is_grad_enabled():
-        inputs = tuple(x.detach().requires_grad_() for x in inputs)
-    outputs = function(*inputs)
-    return Phase(inputs, outputs if isinstance(outputs, tuple) else (outputs,))
-
-
-@dataclass
-class LayerRun:
-    """What one block keeps of a micro-batch between forward and backward."""
-
-    attention: Phase
-    local: Phase | None = None
-    experts: Phase | None = None
-    layout: object = None
+_plan, _pair_plan = cache(plan), cache(pair_plan)
 
 
 @dataclass
 class MicroBatch:
-    """What the stage keeps of a micro-batch: the phases, and the weight gradients that its I deferred."""
+    """What the stage keeps of a micro-batch, layer by layer and at the ends of the model."""
 
-    embedding: Phase | None = None
+    embedding: Graph | None = None
     layers: list[LayerRun] = field(default_factory=list)
-    head: Phase | None = None
-    deferred: list[tuple[nn.Parameter, Contribution]] = field(default_factory=list)
+    head: Graph | None = None
+    deferred: Deferred = field(default_factory=list)  # of the head
 
 
 @dataclass(frozen=True)
@@ -89,7 +57,7 @@ class ModelStage:
         self, model: Transformer, gradients: WeightGradients, exchange: Exchange, device: torch.device
     ) -> None:
         self.model, self.gradients, self.exchange, self.device = model, gradients, exchange, device
-        self.alpha = model.config.balance_loss_alpha
+        self.layers = len(list(model.blocks()))
         experts = model.config.n_routed_experts
         self.loads = {
             layer: torch.zeros(experts, dtype=torch.int64, device=device)
@@ -102,7 +70,10 @@ class ModelStage:
         """``tokens``: by micro-batch, [B, S+1] int64; a stage that is neither first nor last needs none. A sequence of
         ``PADDING`` fills up a batch and counts for nothing in the cross-entropy."""
         self._alive.clear()
-        self._tokens, self._scale, self._training = tokens, scale, training
+        self._tokens, self._training = tokens, training
+        self._head_gradient = torch.full((), 1 / scale.tokens, device=self.device)
+        balance = self.model.config.balance_loss_alpha / scale.sequences
+        self._balance_gradient = torch.full((), balance, device=self.device)
         self.cross_entropy = torch.zeros((), dtype=torch.float64, device=self.device)
         self.balance = torch.zeros((), dtype=torch.float64, device=self.device)
         for load in self.loads.values():
@@ -110,93 +81,139 @@ class ModelStage:
 
     def forward(self, work: Work, x: Tensor | None) -> Tensor | None:
         with torch.set_grad_enabled(self._training):
-            kept = self._alive[work] = MicroBatch()
-            x_BSD = self._embed(work, kept) if x is None else x
-            for layer, block in self.model.blocks():
-                x_BSD = self._forward_layer(kept, layer, block, x_BSD)
-            if not self.model.last:
-                return x_BSD
-            targets = self._tokens[work.microbatch][:, 1:]
-            kept.head = run_phase(lambda x: self.model.cross_entropy(x, targets), x_BSD)
-            self.cross_entropy += kept.head.outputs[0].detach()
-            return None
+            return _run(_plan(Op.FORWARD, self.layers), _Forward(self, work, x), None)[0]
 
     def backward(self, work: Work, gradient: Tensor | None) -> Tensor | None:
-        gx = self.backward_input(work, gradient)
-        self.backward_weight(work)
-        return gx
+        backward = _Backward(self, work, gradient)
+        backward.head_weight()
+        return _run(_plan(Op.BACKWARD, self.layers), None, backward)[1]
 
     def backward_input(self, work: Work, gradient: Tensor | None) -> Tensor | None:
-        kept = self._alive[work]
-        if kept.head is not None:
-            scale = torch.full((), 1 / self._scale.tokens, device=self.device)
-            (gradient,) = kept.head.backward([scale])
-        assert gradient is not None
-        while kept.layers:
-            gradient = self._backward_layer(kept.layers.pop(), gradient)
-        if kept.embedding is not None:
-            # The embedding adds its gradient itself; tokens have none to pass on.
-            torch.autograd.backward(kept.embedding.outputs, (gradient,))
-            kept.embedding.outputs = ()
-        kept.deferred = self.gradients.take()
-        return gradient if kept.embedding is None else None
+        return _run(_plan(Op.BACKWARD_INPUT, self.layers), None, _Backward(self, work, gradient))[1]
 
     def backward_weight(self, work: Work) -> None:
-        self.gradients.apply(self._alive[work].deferred)
-        self._alive[work].deferred = []
+        kept = self._alive[work]
+        self.gradients.apply(kept.deferred)
+        kept.deferred = []
+        for piece in _plan(Op.BACKWARD_WEIGHT, self.layers):
+            apply(kept.layers[-1 - piece.layer], self.gradients, piece.phase)
+
+    def overlapped(
+        self, work: Work, x: Tensor | None, other: "ModelStage", other_work: Work, gradient: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The forward of ``work`` here and the full backward of ``other_work`` in ``other``, piece by piece, so that
+        each computes while the other communicates. Bitwise what forward and then backward give."""
+        backward = _Backward(other, other_work, gradient)
+        backward.head_weight()
+        return _run(_pair_plan(self.layers, other.layers), _Forward(self, work, x), backward)
 
     def free(self, work: Work) -> None:
         del self._alive[work]
 
-    def _embed(self, work: Work, kept: MicroBatch) -> Tensor:
-        assert self.model.embed is not None
-        x_BSD = self.model.embed(self._tokens[work.microbatch][:, :-1].clamp_min(0))
-        kept.embedding = Phase((), (x_BSD,))
+
+class _Forward:
+    """The forward of one micro-batch, in pieces."""
+
+    def __init__(self, stage: ModelStage, work: Work, x_BSD: Tensor | None) -> None:
+        self.stage, self.work = stage, work
+        self.kept = stage._alive[work] = MicroBatch()
+        self._blocks = iter(stage.model.blocks())
+        self._layer: LayerForward | None = None
+        self._x_BSD = self._embed() if x_BSD is None else x_BSD
+        self._rotations = stage.model.rotations(self._x_BSD.shape[1], self._x_BSD.device)
+
+    def run(self, piece: Piece) -> None:
+        if piece.phase is Phase.ATTENTION:
+            self._next_layer()
+        assert self._layer is not None
+        self._layer.run(piece.phase)
+
+    def finish(self) -> Tensor | None:
+        """The stage's output; None from the last stage, which adds the cross-entropy to the step's."""
+        self._leave_layer()
+        stage = self.stage
+        if not stage.model.last:
+            return self._x_BSD
+        targets = stage._tokens[self.work.microbatch][:, 1:]
+        self.kept.head = run_graph(lambda x: stage.model.cross_entropy(x, targets), self._x_BSD)
+        stage.cross_entropy += self.kept.head.outputs[0].detach()
+        return None
+
+    def _embed(self) -> Tensor:
+        embed = self.stage.model.embed
+        assert embed is not None
+        x_BSD: Tensor = embed(self.stage._tokens[self.work.microbatch][:, :-1].clamp_min(0))
+        self.kept.embedding = Graph((), (x_BSD,))
         return x_BSD
 
-    def _forward_layer(self, kept: MicroBatch, layer: int, block: Block, x_BSD: Tensor) -> Tensor:
-        turns = self.model.rotations(x_BSD.shape[1], x_BSD.device)
-        run = LayerRun(run_phase(lambda x: _attention(block, x, turns), x_BSD))
-        kept.layers.append(run)
-        h_BSD, u_BSD, *routing = (t.detach() for t in run.attention.outputs)
-        if not routing:
-            run.local = run_phase(block.local_phase, u_BSD)
-            return h_BSD + run.local.outputs[0].detach()
+    def _next_layer(self) -> None:
+        self._leave_layer()
+        layer, block = next(self._blocks)
 
-        weights_TK, balance, indices_TK = routing
-        dispatch = self.exchange.dispatch(u_BSD.flatten(0, 1), weights_TK, indices_TK)
-        self.balance += balance
-        self.loads[layer] += count_experts(indices_TK, len(self.loads[layer]))
-        out_BSD = h_BSD
-        if block.mlp is not None:
-            run.local = run_phase(block.local_phase, u_BSD)
-            out_BSD = h_BSD + run.local.outputs[0].detach()
-        arrived = dispatch.wait()
-        run.experts = run_phase(
-            lambda rows, weights: block.expert_phase(rows, weights, arrived.ends_E), arrived.rows_RD, arrived.weights_R
-        )
-        run.layout = arrived.layout
-        z_TD = self.exchange.combine(run.experts.outputs[0].detach(), arrived.layout).wait()
-        return out_BSD + z_TD.view_as(out_BSD)
+        def routed(indices_TK: Tensor, balance: Tensor) -> None:
+            load_E = self.stage.loads[layer]
+            self.stage.balance += balance
+            load_E += count_experts(indices_TK, len(load_E))
 
-    def _backward_layer(self, run: LayerRun, gradient_BSD: Tensor) -> Tensor:
-        """The block's output is h + s + z, so its gradient is the gradient of all three."""
-        if run.experts is None:
-            assert run.local is not None
-            (gu_BSD,) = run.local.backward([gradient_BSD])
-            return run.attention.backward([gradient_BSD, gu_BSD])[0]
-        rows = self.exchange.dispatch_gradient(gradient_BSD.flatten(0, 1), run.layout)
-        local = () if run.local is None else run.local.backward([gradient_BSD])
-        grows_RD, gweights_R = run.experts.backward([rows.wait()])
-        gu_TD, gweights_TK = self.exchange.combine_gradient(grows_RD, gweights_R, run.layout).wait()
-        gu_BSD = sum(local, gu_TD.view_as(gradient_BSD))
-        balance = torch.full((), self.alpha / self._scale.sequences, device=self.device)
-        return run.attention.backward([gradient_BSD, gu_BSD, gweights_TK, balance, None])[0]
+        self._layer = LayerForward(block, self.stage.exchange, self._rotations, routed, self._x_BSD)
+        self.kept.layers.append(self._layer.kept)
+
+    def _leave_layer(self) -> None:
+        if self._layer is not None:
+            self._x_BSD = self._layer.finish()
+            self._layer = None
 
 
-def _attention(block: Block, x_BSD: Tensor, turns: Tensor) -> tuple[Tensor, ...]:
-    attended = block.attention_phase(x_BSD, turns)
-    routing = attended.routing
-    if routing is None:
-        return attended.h_BSD, attended.u_BSD
-    return attended.h_BSD, attended.u_BSD, routing.weights_TK, routing.balance, routing.indices_TK
+class _Backward:
+    """The backward of one micro-batch, in pieces, from the last layer to the first."""
+
+    def __init__(self, stage: ModelStage, work: Work, gradient_BSD: Tensor | None) -> None:
+        self.stage, self.kept = stage, stage._alive[work]
+        self._layer: LayerBackward | None = None
+        if self.kept.head is not None:
+            (gradient_BSD,) = self.kept.head.backward([stage._head_gradient])
+            self.kept.deferred = stage.gradients.take()
+        assert gradient_BSD is not None
+        self._gradient_BSD = gradient_BSD
+
+    def head_weight(self) -> None:
+        """Add the head's weight gradients, as a full backward does."""
+        self.stage.gradients.apply(self.kept.deferred)
+        self.kept.deferred = []
+
+    def run(self, piece: Piece) -> None:
+        if piece.op is Op.BACKWARD_INPUT and piece.phase is Phase.COMBINE:
+            self._leave_layer()
+            kept, stage = self.kept.layers[-1 - piece.layer], self.stage
+            self._layer = LayerBackward(
+                kept, stage.exchange, stage.gradients, stage._balance_gradient, self._gradient_BSD
+            )
+        assert self._layer is not None
+        self._layer.run(piece.phase, piece.op)
+
+    def finish(self) -> Tensor | None:
+        """The gradient of the stage's input; None from the first stage, whose embedding adds its own."""
+        self._leave_layer()
+        embedding = self.kept.embedding
+        if embedding is None:
+            return self._gradient_BSD
+        torch.autograd.backward(embedding.outputs, (self._gradient_BSD,))
+        embedding.outputs = ()
+        return None
+
+    def _leave_layer(self) -> None:
+        if self._layer is not None:
+            self._gradient_BSD = self._layer.finish()
+            self._layer = None
+
+
+def _run(
+    pieces: Iterable[Piece], forward: _Forward | None, backward: _Backward | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Issue the pieces in the order of their plan; -> (the stage's output, the gradient of the stage's input)."""
+    for piece in pieces:
+        half = forward if piece.op is Op.FORWARD else backward
+        assert half is not None, piece
+        half.run(piece)
+    y = None if forward is None else forward.finish()
+    return y, None if backward is None else backward.finish()

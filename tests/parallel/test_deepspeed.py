@@ -35,7 +35,7 @@ def steps(worker: Worker, numbers: range) -> list[StepResult]:
     first, count = worker.rows(JOB.global_batch_size)
     # A new rate every step: one that reached only the first would not show otherwise.
     return [
-        worker.train_step(batch(n)[first : first + count] if worker.needs_data else None, 1e-3 / (n + 1))
+        worker.train_step(batch(JOB, n)[first : first + count] if worker.needs_data else None, 1e-3 / (n + 1))
         for n in numbers
     ]
 

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.exchange import Dispatched, LocalExchange
-from parallel.exchange import FlatExchange
+from parallel.exchange import GroupExchange, flat
+from parallel.mesh import Layout
 from tests.ranks import run_ranks
 
 HIDDEN = 5
@@ -78,15 +79,30 @@ def alone(case: Case) -> list[Tensor]:
     return [z.detach(), *torch.autograd.grad(z, leaves, gz)]
 
 
-def together(rank: int, world: int) -> list[list[list[float]]]:
+def exchange_over(world: int, nodes: int, each: int) -> GroupExchange:
+    """Flat over the world, or hierarchical over so many nodes. Collective."""
+    if nodes == 1:
+        return flat(dist.group.WORLD, each)
+    layout = Layout(1, world, world, ranks_per_node=world // nodes)
+    hops = []
+    for members in (layout.local_peers, layout.node_ranks):
+        groups = {tuple(members(r)): None for r in range(world)}
+        made = {ranks: dist.new_group(ranks) if len(ranks) > 1 else None for ranks in groups}
+        mine = tuple(members(dist.get_rank()))
+        hops.append((made[mine], len(mine)))
+    return GroupExchange(dist.group.WORLD, each, hops)
+
+
+def together(rank: int, world: int, nodes: int) -> list[list[list[float]]]:
     """The same of this rank's tokens and experts, for every case."""
     results = []
+    exchanges = {case.each: exchange_over(world, nodes, case.each) for case in cases(world)}
     for case in cases(world):
         x, weights, indices, gz, matrices = drawn(case)
         first = sum(case.tokens[:rank])
         mine = slice(first, first + case.tokens[rank])
         held = matrices[rank * case.each : (rank + 1) * case.each].clone().requires_grad_()
-        exchange = FlatExchange(dist.group.WORLD, case.each)
+        exchange = exchanges[case.each]
         sent = exchange.dispatch(x[mine], weights[mine], indices[mine]).wait()
         rows, gates = sent.rows_RD.requires_grad_(), sent.weights_R.requires_grad_()
         y = expert(Dispatched(rows, gates, sent.ends_E, None), held)
@@ -99,9 +115,9 @@ def together(rank: int, world: int) -> list[list[list[float]]]:
     return results
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_together_are_one_process_alone(world: int) -> None:
-    ranks = run_ranks(together, world, world)
+@pytest.mark.parametrize("world,nodes", [(2, 1), (4, 1), (2, 2), (4, 2), (4, 4), (6, 3)])
+def test_ranks_together_are_one_process_alone(world: int, nodes: int) -> None:
+    ranks = run_ranks(together, world, world, nodes)
     for number, case in enumerate(cases(world)):
         wanted = alone(case)
         for kind, want in enumerate(wanted):
@@ -112,7 +128,7 @@ def test_ranks_together_are_one_process_alone(world: int) -> None:
 def uneven(rank: int) -> bool:
     """Two dispatches and two combines under way at once, waited for in another order."""
     torch.manual_seed(rank)
-    exchange = FlatExchange(dist.group.WORLD, 2)
+    exchange = flat(dist.group.WORLD, 2)
     x, weights = torch.randn(2, 6, HIDDEN), torch.ones(6, 1)
     indices = [torch.randint(0, 4, (6, 1)) for _ in range(2)]
     pending = [exchange.dispatch(x[i], weights, indices[i]) for i in range(2)]
@@ -123,3 +139,29 @@ def uneven(rank: int) -> bool:
 
 def test_two_exchanges_under_way_at_once_do_not_mix() -> None:
     assert run_ranks(uneven, 2) == [True, True]
+
+
+def crossings(rank: int, world: int, nodes: int) -> list[tuple[list[int], list[int]]]:
+    """Rows sent in each hop and case, and how many (token, node) and (token, rank) pairs there are in the routing."""
+    found = []
+    size = world // nodes
+    exchanges = {case.each: exchange_over(world, nodes, case.each) for case in cases(world)}
+    for case in cases(world):
+        x, weights, indices, _, _ = drawn(case)
+        mine = slice(sum(case.tokens[:rank]), sum(case.tokens[: rank + 1]))
+        layout = exchanges[case.each].dispatch(x[mine], weights[mine], indices[mine]).wait().layout
+        sent = torch.tensor([sum(hop.sent) for hop in layout.hops])
+        dist.all_reduce(sent)
+        ranks = indices // case.each
+        to_nodes = sum(len(set(row)) for row in (ranks // size).tolist())
+        to_ranks = sum(len(set(row)) for row in ranks.tolist())
+        found.append((sent.tolist(), [to_ranks] if nodes == 1 else [to_nodes, to_ranks]))
+    return found
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_token_crosses_once_to_each_of_its_ranks_or_nodes(nodes: int) -> None:
+    for rank in run_ranks(crossings, 4, 4, nodes):
+        assert any(sum(sent) for sent, _ in rank)
+        for sent, wanted in rank:
+            assert sent == wanted

@@ -1,6 +1,7 @@
 """How many micro-batches a rank keeps alive: what the runtime reports is what stages hold, and what was simulated."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,27 +21,34 @@ def peaks(rank: int, pipeline: int, sizes: list[int]) -> list[tuple[int, int, in
     """(reported, counted in the stages, simulated) for each number of micro-batches."""
     alive: set[Work] = set()
     counted = 0
-    forward, free = ModelStage.forward, ModelStage.free
+    forward, overlapped, free = ModelStage.forward, ModelStage.overlapped, ModelStage.free
 
-    def counting_forward(self: ModelStage, work: Work, x: torch.Tensor | None) -> torch.Tensor | None:
+    def counted_in(work: Work) -> None:
         nonlocal counted
         alive.add(work)
         counted = max(counted, len(alive))
-        return forward(self, work, x)
+
+    def counting_forward(self: ModelStage, work: Work, *rest: Any) -> torch.Tensor | None:
+        counted_in(work)
+        return forward(self, work, *rest)
+
+    def counting_pair(self: ModelStage, work: Work, *rest: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        counted_in(work)
+        return overlapped(self, work, *rest)
 
     def counting_free(self: ModelStage, work: Work) -> None:
         free(self, work)
         alive.remove(work)
         assert work not in self._alive
 
-    ModelStage.forward, ModelStage.free = counting_forward, counting_free
+    ModelStage.forward, ModelStage.overlapped, ModelStage.free = counting_forward, counting_pair, counting_free  # type: ignore[method-assign]
     results = []
     for microbatches in sizes:
         counted = 0
         model = tiny(num_hidden_layers=pipeline)
         job = replace(JOB, model=model, layout=Layout(pipeline), global_batch_size=microbatches, sequence_length=4)
         worker = Worker(job, rank)
-        tokens = batch(0)[:microbatches, :5] % model.vocab_size
+        tokens = batch(job, 0) % model.vocab_size
         reported = worker.train_step(tokens, 1e-3).peak_activations
         assert not alive
         results.append((reported, counted, simulate(worker.program, Costs()).peak_activations[rank]))

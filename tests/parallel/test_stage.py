@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from dualpipe.program import Work
 from model.config import ModelConfig
-from model.exchange import LocalExchange
+from model.exchange import Dispatched, LocalExchange, Pending
 from model.linear import WeightGradients, own
 from model.router import Routing
 from model.transformer import Transformer, initialise
@@ -251,3 +252,105 @@ def test_what_only_the_input_gradients_need_is_gone_before_w() -> None:
         assert [ref.expired() for ref in watched] == [True] * (1 + config.num_hidden_layers)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("cuts", [(1,), (2,), (1, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pair_is_bitwise_a_forward_and_then_a_backward(cuts: tuple[int, ...], dtype: torch.dtype) -> None:
+    config = tiny(num_hidden_layers=4)
+    tokens = batch(config)
+
+    def run(paired: bool) -> tuple[list[Tensor], list[float], dict[int, list[int]]]:
+        """Forward of micro-batch 1 in each stage together with the backward of micro-batch 0 in every other one."""
+        stages, buffers = staged(config, cuts, dtype)
+        for stage in stages:
+            stage.begin(tokens, SCALE, training=True)
+        forward(stages, 0)
+        x: Tensor | None = None
+        gradient: Tensor | None = None
+        found = []
+        for number, stage in enumerate(stages):
+            # The head comes first: the pair brings the last stage's backward together with the first one's forward.
+            other = len(stages) - 1 - number
+            here, there = Work(number, 1), Work(other, 0)
+            if paired:
+                x, gradient = stage.overlapped(here, x, stages[other], there, gradient)
+            else:
+                x = stage.forward(here, x)
+                gradient = stages[other].backward(there, gradient)
+            stages[other].free(there)
+            found += [t.clone() for t in (x, gradient) if t is not None]
+        backward_input(stages, 1)
+        for number, stage in enumerate(stages):
+            stage.backward_weight(Work(number, 1))
+        sums = [s.cross_entropy.item() for s in stages] + [s.balance.item() for s in stages]
+        loads = {layer: load.tolist() for stage in stages for layer, load in stage.loads.items()}
+        return [*found, *buffers.values()], sums, loads
+
+    tensors, sums, loads = run(paired=True)
+    tensors_alone, sums_alone, loads_alone = run(paired=False)
+    assert len(tensors) == len(tensors_alone)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, tensors_alone, strict=True))
+    assert sums == sums_alone and loads == loads_alone
+
+
+class Recording(LocalExchange):
+    """Writes down when a collective starts and when it is waited for."""
+
+    def __init__(self, experts: int, log: list[str]) -> None:
+        super().__init__(experts)
+        self.log = log
+
+    def _recorded(self, name: str, pending: Pending[Any]) -> Pending[Any]:
+        self.log.append(f"start {name}")
+
+        def finish() -> Any:
+            self.log.append(f"wait {name}")
+            return pending.wait()
+
+        return Pending(finish)
+
+    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Pending[Dispatched]:
+        return self._recorded("dispatch(F)", super().dispatch(x_TD, weights_TK, indices_TK))
+
+    def combine(self, y_RD: Tensor, layout: Any) -> Pending[Tensor]:
+        return self._recorded("combine(F)", super().combine(y_RD, layout))
+
+    def dispatch_gradient(self, gz_TD: Tensor, layout: Any) -> Pending[Tensor]:
+        return self._recorded("combine(B)", super().dispatch_gradient(gz_TD, layout))
+
+    def combine_gradient(self, grows_RD: Tensor, gweights_R: Tensor, layout: Any) -> Pending[tuple[Tensor, Tensor]]:
+        return self._recorded("dispatch(B)", super().combine_gradient(grows_RD, gweights_R, layout))
+
+
+def test_in_a_pair_every_collective_flies_while_the_other_half_computes() -> None:
+    config = tiny(num_hidden_layers=1, first_k_dense_replace=0)
+    stages, _ = staged(config)
+    (stage,) = stages
+    log: list[str] = []
+    stage.exchange = Recording(config.n_routed_experts, log)
+    stage.begin(batch(config), SCALE, training=True)
+    forward(stages, 0)
+    (_, block), *_ = stage.model.blocks()
+    assert block.experts is not None
+    block.attn.register_forward_hook(lambda *_: log.append("attn(F)"))
+    block.experts.register_forward_hook(lambda *_: log.append("mlp(F)"))
+    apply = stage.gradients.apply
+    stage.gradients.apply = lambda deferred: (log.append("weights(B)"), apply(deferred))[1]  # type: ignore[method-assign]
+    log.clear()
+    stage.overlapped(Work(0, 1), None, stage, Work(0, 0), None)
+    assert log == [
+        "weights(B)",  # of the head
+        "start combine(B)",
+        "attn(F)",
+        "start dispatch(F)",
+        "wait combine(B)",
+        "start dispatch(B)",
+        "weights(B)",  # of the experts
+        "wait dispatch(F)",
+        "mlp(F)",
+        "start combine(F)",
+        "wait dispatch(B)",
+        "weights(B)",  # of the attention
+        "wait combine(F)",
+    ]

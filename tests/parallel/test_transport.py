@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from dualpipe.lower import lower
 from dualpipe.program import Kind, Message, Send, Work
-from dualpipe.schedules.dualpipe import dualpipe, forward_only
+from dualpipe.schedules.dualpipe import dualpipe
+from dualpipe.schedules.forward import forward_only
 from parallel.mesh import Layout
 from parallel.transport import PipelineTransport, channels
 from tests.ranks import run_ranks
@@ -120,5 +121,8 @@ def test_channels_are_those_of_every_send_and_serve_validation_too(ranks: int, m
     sends = {(r, s.peer, s.message.kind) for r, slots in enumerate(program.slots) for s in slots if isinstance(s, Send)}
     assert set(used) == sends
     # A validation pass runs on the same transport, so it may use no channel that training has not.
-    assert set(channels([lower(forward_only(ranks, 2), training=False)] if ranks == 2 else [])) <= sends
-    assert set(channels([lower(forward_only(ranks, ranks + 2 * more), training=False)])) <= sends
+    assert (
+        set(channels([lower(forward_only(dualpipe(ranks, 2 * ranks), 2), training=False)] if ranks == 2 else []))
+        <= sends
+    )
+    assert set(channels([lower(forward_only(dualpipe(ranks, 2 * ranks), ranks + 2 * more), training=False)])) <= sends

@@ -1,0 +1,188 @@
+"""A layer's work on one micro-batch, in the pieces that ``dualpipe/overlap.py`` puts in order.
+
+A layer is attention, dispatch, MLP and combine. The computing pieces are small autograd graphs of their own, with
+detached inputs; the communicating ones start the exchange's collectives, and the computing piece that needs what was
+sent waits for it. Whoever runs the pieces decides their order, so that it is the plan's on every rank and never
+autograd's, and what runs between a start and its wait hides the communication.
+
+B batch, S sequence, T = B·S tokens, D model.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dualpipe.overlap import Phase
+from dualpipe.program import Op
+from model.block import Block
+from model.exchange import Dispatched, Exchange, Pending
+from model.linear import Contribution, WeightGradients
+
+Deferred = list[tuple[nn.Parameter, Contribution]]
+
+
+@dataclass
+class Graph:
+    """One piece of autograd graph, from its detached inputs to its outputs."""
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+    def backward(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """Gradients of the inputs from those of the outputs; None for an output that carries none."""
+        pairs = [(o, g) for o, g in zip(self.outputs, gradients, strict=True) if g is not None and o.requires_grad]
+        outputs, gradients = zip(*pairs, strict=True)
+        found = torch.autograd.grad(outputs, self.inputs, gradients, materialize_grads=True)
+        self.inputs = self.outputs = ()
+        return found
+
+
+def run_graph(function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> Graph:
+    """Call ``function`` on detached copies of ``inputs``; in no-grad mode nothing is recorded."""
+    if torch.is_grad_enabled():
+        inputs = tuple(x.detach().requires_grad_() for x in inputs)
+    outputs = function(*inputs)
+    return Graph(inputs, outputs if isinstance(outputs, tuple) else (outputs,))
+
+
+@dataclass
+class LayerRun:
+    """What a layer keeps of a micro-batch: its graphs from forward to backward, and the weight gradients that each of
+    its phases deferred, from I to W."""
+
+    attention: Graph | None = None
+    local: Graph | None = None
+    experts: Graph | None = None
+    layout: object = None
+    deferred: dict[Phase, Deferred] = field(default_factory=dict)
+
+
+class LayerForward:
+    """The forward of one layer. ``routed`` is called with the experts that the tokens chose and the balance loss."""
+
+    def __init__(
+        self,
+        block: Block,
+        exchange: Exchange,
+        rotations: Tensor,
+        routed: Callable[[Tensor, Tensor], None],
+        x_BSD: Tensor,
+    ) -> None:
+        self.block, self.exchange, self.rotations, self.routed = block, exchange, rotations, routed
+        self.kept = LayerRun()
+        self._x_BSD = x_BSD
+        self._dispatched: Pending[Dispatched] | None = None
+        self._combined: Pending[Tensor] | None = None
+
+    def run(self, phase: Phase) -> None:
+        match phase:
+            case Phase.ATTENTION:
+                self.kept.attention = run_graph(lambda x: _attention(self.block, x, self.rotations), self._x_BSD)
+                self._h_BSD, self._u_BSD, *self._routing = (t.detach() for t in self.kept.attention.outputs)
+            case Phase.DISPATCH if self._routing:
+                weights_TK, balance, indices_TK = self._routing
+                self._dispatched = self.exchange.dispatch(self._u_BSD.flatten(0, 1), weights_TK, indices_TK)
+                self.routed(indices_TK, balance)
+            case Phase.MLP:
+                self._mlp()
+            case Phase.COMBINE if self._routing:
+                assert self.kept.experts is not None
+                self._combined = self.exchange.combine(self.kept.experts.outputs[0].detach(), self.kept.layout)
+            case Phase.DISPATCH | Phase.COMBINE:
+                pass  # a dense layer's tokens stay
+            case _:
+                raise AssertionError(phase)
+
+    def finish(self) -> Tensor:
+        """The layer's output, h + s + z."""
+        return self._out_BSD if self._combined is None else self._out_BSD + self._combined.wait().view_as(self._out_BSD)
+
+    def _mlp(self) -> None:
+        self._out_BSD = self._h_BSD
+        if self.block.mlp is not None:
+            self.kept.local = run_graph(self.block.local_phase, self._u_BSD)
+            self._out_BSD = self._h_BSD + self.kept.local.outputs[0].detach()
+        if self._dispatched is not None:
+            arrived = self._dispatched.wait()
+            self.kept.experts = run_graph(
+                lambda rows, weights: self.block.expert_phase(rows, weights, arrived.ends_E),
+                arrived.rows_RD,
+                arrived.weights_R,
+            )
+            self.kept.layout = arrived.layout
+
+
+class LayerBackward:
+    """The backward of one layer from what its forward kept. The output is h + s + z, so its gradient is the gradient
+    of all three. ``balance``: the gradient of the balance loss."""
+
+    def __init__(
+        self, kept: LayerRun, exchange: Exchange, gradients: WeightGradients, balance: Tensor, gradient_BSD: Tensor
+    ) -> None:
+        self.kept, self.exchange, self.gradients = kept, exchange, gradients
+        self._balance, self._gradient_BSD = balance, gradient_BSD
+        self._local: tuple[Tensor, ...] = ()
+        self._expert_gradients: tuple[Tensor, ...] = ()
+        self._rows: Pending[Tensor] | None = None
+        self._returned: Pending[tuple[Tensor, Tensor]] | None = None
+
+    def run(self, phase: Phase, op: Op) -> None:
+        match op, phase:
+            case Op.BACKWARD_WEIGHT, _:
+                apply(self.kept, self.gradients, phase)
+            case _, Phase.COMBINE if self.kept.experts is not None:
+                self._rows = self.exchange.dispatch_gradient(self._gradient_BSD.flatten(0, 1), self.kept.layout)
+            case _, Phase.MLP:
+                self._mlp()
+            case _, Phase.DISPATCH if self.kept.experts is not None:
+                grows_RD, gweights_R = self._expert_gradients
+                self._returned = self.exchange.combine_gradient(grows_RD, gweights_R, self.kept.layout)
+                self._expert_gradients = ()
+            case _, Phase.ATTENTION:
+                self._attention()
+            case _, Phase.COMBINE | Phase.DISPATCH:
+                pass
+            case _:
+                raise AssertionError((op, phase))
+
+    def finish(self) -> Tensor:
+        """The gradient of the layer's input."""
+        return self._gradient_BSD
+
+    def _mlp(self) -> None:
+        kept = self.kept
+        if kept.local is not None:
+            self._local = kept.local.backward([self._gradient_BSD])
+        if self._rows is not None:
+            assert kept.experts is not None
+            self._expert_gradients = kept.experts.backward([self._rows.wait()])
+        kept.deferred[Phase.MLP] = self.gradients.take()
+
+    def _attention(self) -> None:
+        kept, gradient_BSD = self.kept, self._gradient_BSD
+        assert kept.attention is not None
+        if self._returned is None:
+            found = kept.attention.backward([gradient_BSD, *self._local])
+        else:
+            gu_TD, gweights_TK = self._returned.wait()
+            gu_BSD = sum(self._local, gu_TD.view_as(gradient_BSD))
+            found = kept.attention.backward([gradient_BSD, gu_BSD, gweights_TK, self._balance, None])
+        self._gradient_BSD = found[0]
+        kept.deferred[Phase.ATTENTION] = self.gradients.take()
+        # The graphs are dead, the deferred weight gradients hold what they need.
+        kept.attention = kept.local = kept.experts = kept.layout = None
+
+
+def apply(kept: LayerRun, gradients: WeightGradients, phase: Phase) -> None:
+    """Add the weight gradients that a phase deferred."""
+    gradients.apply(kept.deferred.pop(phase))
+
+
+def _attention(block: Block, x_BSD: Tensor, rotations: Tensor) -> tuple[Tensor, ...]:
+    attended = block.attention_phase(x_BSD, rotations)
+    routing = attended.routing
+    if routing is None:
+        return attended.h_BSD, attended.u_BSD
+    return attended.h_BSD, attended.u_BSD, routing.weights_TK, routing.balance, routing.indices_TK
