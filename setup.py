@@ -11,10 +11,11 @@ setup(
     packages=find_namespace_packages(
         include=["dualpipe", "dualpipe.*", "parallel", "parallel.*", "model", "model.*", "launch", "launch.*"]
     ),
-    install_requires=["torch>=2.10,<3", "numpy", "pyyaml", "rich", "psutil"],
+    install_requires=["torch>=2.10,<3", "numpy", "pyyaml", "rich", "psutil", "safetensors>=0.4"],
     extras_require={
         "deepspeed": ["deepspeed==0.19.8"],
-        "test": ["pytest", "hypothesis", "pytest-timeout", "transformers", "deepspeed==0.19.8"],
+        "tokenizers": ["tokenizers>=0.20"],
+        "test": ["pytest", "hypothesis", "pytest-timeout", "transformers", "tokenizers>=0.20", "deepspeed==0.19.8"],
         "dev": ["ruff", "mypy", "types-PyYAML", "types-psutil"],
     },
     entry_points={"console_scripts": ["dualpipe=launch.cli:main"]},

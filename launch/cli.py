@@ -8,7 +8,13 @@ from importlib import import_module
 COMMANDS = {
     "train": "train a model, or go on with a run",
     "simulate": "how long a pipeline schedule takes, and what waits for what",
+    "import": "make a run out of a Hugging Face model",
+    "export": "write a run's weights as a Hugging Face model",
+    "evaluate": "score a text with a model",
+    "generate": "let a model go on from a text",
 }
+MODULES = {"import": "import_hf", "export": "export_hf"}
+"""Where a command's module has another name: "import" is a keyword."""
 
 USAGE = """usage: dualpipe COMMAND ...
 
@@ -30,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(given + usage, end="", file=sys.stderr)
         return 2
     try:
-        status: int = import_module(f"launch.{words[0]}").main(words[1:])
+        status: int = import_module(f"launch.{MODULES.get(words[0], words[0])}").main(words[1:])
     except KeyboardInterrupt:
         return 130
     return status

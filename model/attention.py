@@ -7,8 +7,14 @@ one head shared by all:
     c_kv, k_rope = W_kva x         k_nope, v = W_kvb norm(c_kv)
     o = softmax(causal(q kᵀ / sqrt(N + R))) v                out = W_o o
 
-B batch, S sequence, D model, H heads, N head dims without position, R rotary, V value.
+In generation only norm(c_kv) and the turned k_rope of earlier tokens are kept. Since q_nope · k_nope =
+(W_kᵀ q_nope) · c for W_kvb = (W_k, W_v) a head, and the weighted mean of W_v c is W_v of the weighted mean, the heads
+attend to the latents themselves, one key and value for all of them, and nothing is expanded a token.
+
+B batch, S sequence, D model, H heads, N head dims without position, R rotary, V value, C key-value latent, L = C + R.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +25,35 @@ from model.linear import Linear, gemm_operand
 from model.norm import RMSNorm
 from model.rope import rotate
 
+LATENT_NORM_EPS = 1e-6
+"""Of the two norms of latents, whatever ``rms_norm_eps`` says: so it is in the released code and in transformers."""
+
+
+@dataclass
+class LatentCache:
+    """What generation keeps of one layer: for each token norm(c_kv) and the turned k_rope, and nothing else.
+    ``latents_BML`` has room for M tokens, of which the first ``length`` are there."""
+
+    latents_BML: Tensor
+    length: int = 0
+
+    @property
+    def room(self) -> int:
+        return self.latents_BML.shape[1]
+
+    def append(self, latents_BSL: Tensor) -> Tensor:
+        """Add S tokens; all that are there, as a view."""
+        end = self.length + latents_BSL.shape[1]
+        assert end <= self.room, (end, self.room)
+        self.latents_BML[:, self.length : end] = latents_BSL
+        self.length = end
+        return self.latents_BML[:, :end]
+
 
 class Attention(nn.Module):
-    """[B, S, D] -> [B, S, D], causal."""
+    """[B, S, D] -> [B, S, D], causal. With a ``cache`` the S tokens follow those in it, and are added to it."""
+
+    cache: LatentCache | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -31,36 +63,57 @@ class Attention(nn.Module):
             self.q = Linear(hidden, heads * config.qk_head_dim)
         else:
             self.q_a = Linear(hidden, config.q_lora_rank)
-            self.q_a_norm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+            self.q_a_norm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
             self.q_b = Linear(config.q_lora_rank, heads * config.qk_head_dim)
         self.kv_a = Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim)
-        self.kv_a_norm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps)
+        self.kv_a_norm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
         self.kv_b = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o = Linear(heads * config.v_head_dim, hidden)
 
     def forward(self, x_BSD: Tensor, rotations_SP: Tensor) -> Tensor:
+        """``rotations_SP``: RoPE's turns at the positions of the S tokens."""
         c = self.config
         query = self.q(x_BSD) if c.q_lora_rank is None else self.q_b(self.q_a_norm(self.q_a(x_BSD)))
         q_nope, q_rope = query.unflatten(-1, (c.num_attention_heads, -1)).split(
             [c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1
         )
+        q_rope = rotate(q_rope, rotations_SP)
         latent, k_rope = self.kv_a(x_BSD).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+        latent, k_rope = self.kv_a_norm(latent), rotate(k_rope.unsqueeze(2), rotations_SP)
+        if self.cache is not None:
+            latents_BML = self.cache.append(torch.cat([latent, k_rope.squeeze(2)], dim=-1))
+            return self.o(self._attend_latents(q_nope, q_rope, latents_BML).flatten(-2))
         k_nope, v = (
-            self.kv_b(self.kv_a_norm(latent))
+            self.kv_b(latent)
             .unflatten(-1, (c.num_attention_heads, -1))
             .split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
         )
-        k_rope = rotate(k_rope.unsqueeze(2), rotations_SP).expand(-1, -1, c.num_attention_heads, -1)
-        q_BSHK = torch.cat([q_nope, rotate(q_rope, rotations_SP)], dim=-1)
-        k_BSHK = torch.cat([k_nope, k_rope], dim=-1)
-        return self.o(attend(q_BSHK, k_BSHK, v).flatten(-2))
+        q_BSHK = torch.cat([q_nope, q_rope], dim=-1)
+        k_BSHK = torch.cat([k_nope, k_rope.expand(-1, -1, c.num_attention_heads, -1)], dim=-1)
+        return self.o(attend(q_BSHK, k_BSHK, v, c.softmax_scale).flatten(-2))
+
+    def _attend_latents(self, q_nope: Tensor, q_rope: Tensor, latents_BML: Tensor) -> Tensor:
+        """[B, S, H, N], [B, S, H, R] and all M tokens' latents, the S queries' own at the end -> [B, S, H, V]."""
+        c = self.config
+        w_HXC = self.kv_b.weight.to(q_nope.dtype).unflatten(0, (c.num_attention_heads, -1))
+        w_key_HNC, w_value_HVC = w_HXC.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
+        q_BSHL = torch.cat([torch.einsum("bshn,hnc->bshc", q_nope, w_key_HNC), q_rope], dim=-1)
+        queries, tokens = q_BSHL.shape[1], latents_BML.shape[1]
+        visible_SM = torch.ones(queries, tokens, dtype=torch.bool, device=q_BSHL.device).tril(tokens - queries)
+        # The value is the first C numbers of the key: both are the cache itself, and the rest of the sum is dropped.
+        shared_B1ML = latents_BML.unsqueeze(1).expand(-1, c.num_attention_heads, -1, -1)
+        mean_BHSL = F.scaled_dot_product_attention(
+            q_BSHL.transpose(1, 2), shared_B1ML, shared_B1ML, attn_mask=visible_SM, scale=c.softmax_scale
+        )
+        return torch.einsum("bhsc,hvc->bshv", mean_BHSL[..., : c.kv_lora_rank], w_value_HVC)
 
 
-def attend(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor) -> Tensor:
-    """Causal attention core -> [B, S, H, V]. Values are padded to the width of the keys: fused kernels want one head
-    size, and an unfused core would hold all S x S scores."""
+def attend(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, scale: float | None = None) -> Tensor:
+    """Causal attention core -> [B, S, H, V]; ``scale`` multiplies the logits, None is the inverse root of K. Values are
+    padded to the width of the keys: fused kernels want one head size, and an unfused core would hold all S x S
+    scores."""
     width = v_BSHV.shape[-1]
     v_BSHK = F.pad(v_BSHV, (0, q_BSHK.shape[-1] - width)) if width < q_BSHK.shape[-1] else v_BSHV
     q, k, v = (gemm_operand(t).transpose(1, 2) for t in (q_BSHK, k_BSHK, v_BSHK))
-    out_BHSK = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=q_BSHK.shape[-1] ** -0.5)
+    out_BHSK = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return out_BHSK.transpose(1, 2)[..., :width].to(v_BSHV.dtype)

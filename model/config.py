@@ -1,6 +1,39 @@
 """The sizes and constants of a DeepSeek-V3-style model, under the names that its published configuration uses."""
 
 from dataclasses import dataclass
+from math import log
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """How RoPE's frequencies are stretched to a longer context (YaRN, Peng et al. 2023, as DeepSeek-V3 uses it).
+
+    ``factor``: the context after over the one before; ``original_length``: the one before, in tokens. A pair that turns
+    more than ``beta_fast`` times in the original context keeps its frequency, one that turns less than ``beta_slow``
+    times is slowed by ``factor``, and those between are blended.
+    """
+
+    factor: float
+    original_length: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+
+    @property
+    def rotation_scale(self) -> float:
+        """What rotated queries and keys are multiplied with."""
+        if self.mscale and self.mscale_all_dim:
+            return self._temperature(self.mscale) / self._temperature(self.mscale_all_dim)
+        return self._temperature(1.0)
+
+    @property
+    def softmax_scale(self) -> float:
+        """What all attention logits are multiplied with, beside the usual inverse root."""
+        return self._temperature(self.mscale_all_dim) ** 2
+
+    def _temperature(self, mscale: float) -> float:
+        return 0.1 * mscale * log(self.factor) + 1
 
 
 @dataclass(frozen=True)
@@ -36,6 +69,18 @@ class ModelConfig:
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
     rope_theta: float = 10000.0
+    original_max_position_embeddings: int = 4096
+    """Context, in tokens, that the model is made for before YaRN stretches it."""
+    yarn_factor: float = 1.0
+    """Times that YaRN stretches the context; 1 leaves RoPE as it is. The released DeepSeek-V3 has 40."""
+    yarn_beta_fast: float = 32.0
+    """Turns in the original context above which a rotary pair keeps its frequency."""
+    yarn_beta_slow: float = 1.0
+    """Turns below which its frequency is divided by the factor; in between the two are blended."""
+    yarn_mscale: float = 1.0
+    """Weight of ln(factor) in the scale of rotated queries and keys; 0 stands for a file that has none."""
+    yarn_mscale_all_dim: float = 1.0
+    """Weight of ln(factor) in the scale of all attention logits, which also divides the one above; 0 is none."""
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.006
     """Standard deviation of every weight matrix at the start."""
@@ -76,8 +121,42 @@ class ModelConfig:
             )
         if self.rope_theta <= 1 or self.rms_norm_eps <= 0 or self.initializer_range <= 0:
             raise ValueError("model.rope_theta must be above 1, model.rms_norm_eps and model.initializer_range above 0")
+        self._check_yarn()
         if self.bias_update_speed < 0 or self.balance_loss_alpha < 0:
             raise ValueError("model.bias_update_speed and model.balance_loss_alpha must not be negative")
+
+    def _check_yarn(self) -> None:
+        if self.yarn_factor < 1:
+            raise ValueError(f"model.yarn_factor={self.yarn_factor} must be at least 1: it stretches the context")
+        if not 0 < self.yarn_beta_slow < self.yarn_beta_fast:
+            raise ValueError(
+                f"model.yarn_beta_slow={self.yarn_beta_slow} must be above 0 and below "
+                f"model.yarn_beta_fast ({self.yarn_beta_fast})"
+            )
+        for key in ("yarn_mscale", "yarn_mscale_all_dim"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"model.{key}={getattr(self, key)} must not be negative")
+
+    @property
+    def yarn(self) -> Yarn | None:
+        """None leaves RoPE as it is."""
+        if self.yarn_factor == 1:
+            return None
+        return Yarn(
+            factor=self.yarn_factor,
+            original_length=self.original_max_position_embeddings,
+            beta_fast=self.yarn_beta_fast,
+            beta_slow=self.yarn_beta_slow,
+            mscale=self.yarn_mscale,
+            mscale_all_dim=self.yarn_mscale_all_dim,
+        )
+
+    @property
+    def softmax_scale(self) -> float:
+        """What attention logits are multiplied with. YaRN's part of it holds for every length, as in transformers;
+        DeepSeek's own inference code leaves both out up to the original context."""
+        scale: float = self.qk_head_dim**-0.5
+        return scale if self.yarn is None else scale * self.yarn.softmax_scale
 
     @property
     def qk_head_dim(self) -> int:
@@ -90,5 +169,5 @@ class ModelConfig:
 _POSITIVE = (
     "vocab_size hidden_size num_hidden_layers intermediate_size moe_intermediate_size n_routed_experts "
     "num_experts_per_tok n_group topk_group num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim "
-    "v_head_dim"
+    "v_head_dim original_max_position_embeddings"
 ).split()

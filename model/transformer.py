@@ -54,7 +54,8 @@ class Transformer(nn.Module):
         """RoPE's turns for a sequence length, made once."""
         key = (length, device)
         if key not in self._rotations:
-            self._rotations[key] = rotations(length, self.config.qk_rope_head_dim, self.config.rope_theta, device)
+            c = self.config
+            self._rotations[key] = rotations(length, c.qk_rope_head_dim, c.rope_theta, device, c.yarn)
         return self._rotations[key]
 
     def blocks(self) -> Iterator[tuple[int, Block]]:

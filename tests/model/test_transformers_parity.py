@@ -8,8 +8,11 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from benchmarks.transformers_peer import build_peer, pairs, peer_loss
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+from benchmarks.transformers_peer import copy_weights, pairs, peer_loss
 from model.config import ModelConfig
+from model.huggingface import published_config
 from model.transformer import Transformer, initialise
 
 BASE = ModelConfig(
@@ -40,6 +43,26 @@ CASES = {
     "one group": replace(BASE, n_group=1, topk_group=1),
     "scores not normalised": replace(BASE, norm_topk_prob=False, routed_scaling_factor=1.0),
     "values as wide as keys": replace(BASE, v_head_dim=20),
+    "another epsilon": replace(BASE, rms_norm_eps=1e-3),
+    "small": replace(BASE, hidden_size=16, moe_intermediate_size=8, num_attention_heads=1, n_shared_experts=1),
+    "large": replace(BASE, hidden_size=136, num_attention_heads=8, q_lora_rank=48, kv_lora_rank=72, v_head_dim=8),
+}
+# A context of 12 tokens stretched to 48: of the four rotary pairs two keep their frequency, one is blended, and one is
+# slowed by the whole factor.
+YARN = replace(
+    BASE,
+    rope_theta=50.0,
+    original_max_position_embeddings=12,
+    yarn_factor=4.0,
+    yarn_beta_fast=0.7,
+    yarn_beta_slow=0.2,
+)
+CASES |= {
+    "yarn": YARN,
+    "yarn, other scales": replace(YARN, yarn_mscale=0.7, yarn_mscale_all_dim=2.0),
+    "yarn, logits unscaled": replace(YARN, yarn_mscale=0.0, yarn_mscale_all_dim=0.0),
+    "yarn, query without latent": replace(YARN, q_lora_rank=None, yarn_mscale=2.0),
+    "yarn, the released constants": replace(BASE, yarn_factor=40.0),
 }
 
 
@@ -69,6 +92,16 @@ def build(config: ModelConfig, bias: float) -> Transformer:
     return model
 
 
+def build_peer(ours: Transformer, experts: str) -> torch.nn.Module:
+    """Their model, as they read the configuration that we publish, with the weights of ours."""
+    special = {"bos_token_id": None, "eos_token_id": None}
+    values = published_config(ours.config, "float32", special)
+    config = DeepseekV3Config(**values, experts_implementation=experts)
+    theirs: torch.nn.Module = DeepseekV3ForCausalLM(config)
+    copy_weights(ours, theirs)
+    return theirs.train()
+
+
 def chosen(model: Transformer, tokens: Tensor) -> list[Tensor]:
     """The experts of every token in each MoE layer."""
     indices: list[Tensor] = []
@@ -88,7 +121,7 @@ def chosen(model: Transformer, tokens: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("config", CASES.values(), ids=CASES.keys())
 def test_logits_loss_and_gradients_are_those_of_transformers(config: ModelConfig, experts: str) -> None:
     ours = build(config, bias=0.3)
-    theirs = build_peer(ours, torch.float32, experts=experts)
+    theirs = build_peer(ours, experts)
     tokens = torch.randint(config.vocab_size, (2, 33))
     logits: list[Tensor] = []
     assert ours.head is not None
@@ -119,3 +152,14 @@ def test_the_bias_of_the_parity_test_changes_the_choice() -> None:
             block.router.bias_E.zero_()
     without = chosen(ours, tokens)
     assert any(not torch.equal(a.sort(-1).values, b.sort(-1).values) for a, b in zip(with_bias, without, strict=True))
+
+
+@pytest.mark.parametrize("key", ["yarn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_mscale"])
+def test_each_constant_of_yarn_in_the_parity_test_changes_the_model(key: str) -> None:
+    """Otherwise a constant that is ignored on both sides would pass."""
+    ours = build(YARN, bias=0.3)
+    changed = Transformer(replace(YARN, **{key: getattr(YARN, key) * 1.5}))
+    changed.load_state_dict(ours.state_dict())
+    tokens = torch.randint(YARN.vocab_size, (2, 33))
+    losses = [model(tokens[:, :-1], tokens[:, 1:]).cross_entropy.item() for model in (ours, changed)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)

@@ -1,0 +1,53 @@
+"""What the commands that work on one folder share: their arguments, their errors, their bar."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from launch import output
+from launch.aside import TargetError
+from launch.config import ConfigError
+from launch.data_source import DataError
+from model.huggingface import HuggingFaceError
+from parallel.checkpoint import CheckpointError
+
+
+class UsageError(ValueError):
+    """Arguments that a command does not understand."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+_USERS = (UsageError, TargetError, ConfigError, DataError, HuggingFaceError, CheckpointError, output.OutputError)
+
+
+def reported(command: Callable[[], None]) -> int:
+    """Run a command. Exit status 0, or 2 after one line on stderr about what the user gave."""
+    output.prepare()
+    try:
+        command()
+        sys.stdout.flush()
+    except _USERS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+@contextmanager
+def progress_bar(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on stderr, if that is a terminal, over ``total`` tensors; call what it gives after each."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("tensors"), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda: progress.advance(task)

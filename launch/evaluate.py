@@ -1,0 +1,150 @@
+"""``dualpipe evaluate RUN|HF_DIR --data FILE``: how well a model predicts a text, in nats a token and bits per byte.
+
+The documents stand in a row, each with the end of a document before and after it, and are cut into windows of
+``sequence_length`` tokens; every token but the first is predicted once, from those before it in its window. Bits per
+byte divide by the bytes of the text, the end of each document counting as one: so models with other tokens compare.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from launch.command import Parser, UsageError, reported
+from launch.data_source import DataError, find_source
+from launch.model_folder import LoadedModel, load_model
+from launch.tokenizer import Tokenizer
+from model.transformer import Transformer
+
+BATCH_TOKENS = 8192
+"""Tokens that go through the model at once, unless one window has more."""
+
+_EPILOG = """\
+example:
+  dualpipe evaluate runs/tiny-cpu --data book.txt
+
+The whole model is loaded into this process, on a GPU in BF16 where there is one, else on the CPU in FP32."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``loss``: mean cross-entropy, nats a token. ``bytes``: of text, with one for each document's end."""
+
+    source: str
+    loss: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+    documents: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 2 after one line about what was given."""
+
+    def command() -> None:
+        arguments = _parser().parse_args(argv)
+        length = arguments.sequence_length
+        if length is not None and not 1 <= length < 2**31:
+            raise UsageError(f"--sequence-length={length} must be from 1 to 2**31 - 1")
+        documents = _documents(arguments.data)
+        result = evaluate(load_model(arguments.model), documents, length)
+        print(json.dumps(asdict(result)) if arguments.json else _text(result))
+
+    return reported(command)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="dualpipe evaluate",
+        description="Score a text with a model.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", type=Path, metavar="RUN|HF_DIR", help="run folder or Hugging Face folder")
+    parser.add_argument(
+        "--data", required=True, metavar="FILE", help="a .txt or .jsonl file, a folder or a glob of them, or 'stdlib'"
+    )
+    parser.add_argument(
+        "--sequence-length",
+        type=int,
+        metavar="N",
+        help="tokens that the model sees at once (default: those of the run, or the smaller of 1024 and its context)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _documents(data: str) -> list[bytes]:
+    try:
+        source = find_source(data)
+        documents = [text for text in source.documents() if text]
+    except DataError as error:
+        raise DataError(str(error).replace("data.source=", "--data=", 1)) from None
+    if not documents:
+        raise DataError(f"--data={data} must hold text, and every document in it is empty")
+    return documents
+
+
+def evaluate(loaded: LoadedModel, documents: Sequence[bytes], sequence_length: int | None) -> Evaluation:
+    """Score documents with a model; ``sequence_length`` None is the model's own."""
+    tokens = tokens_of(documents, loaded.tokenizer)
+    loss_sum = summed_loss(loaded.model, tokens, sequence_length or loaded.sequence_length)
+    count, size = len(tokens) - 1, sum(map(len, documents)) + len(documents)
+    return Evaluation(
+        source=loaded.source,
+        loss=loss_sum / count,
+        bits_per_byte=loss_sum / math.log(2) / size,
+        tokens=count,
+        bytes=size,
+        documents=len(documents),
+    )
+
+
+def tokens_of(documents: Sequence[bytes], tokenizer: Tokenizer) -> Tensor:
+    """All documents in a row, int64."""
+    row = [tokenizer.end]
+    for text in documents:
+        row += [*tokenizer.encode(text), tokenizer.end]
+    return torch.tensor(row)
+
+
+@torch.no_grad()
+def summed_loss(model: Transformer, tokens: Tensor, length: int) -> float:
+    """Sum of the cross-entropy, in nats, over all tokens but the first."""
+    device = next(model.parameters()).device
+    total = 0.0
+    for windows_BS in windows(tokens, length):
+        windows_BS = windows_BS.to(device)
+        total += model(windows_BS[:, :-1], windows_BS[:, 1:]).cross_entropy.item()
+    return total
+
+
+def windows(tokens: Tensor, length: int) -> Iterator[Tensor]:
+    """Batches [B, length + 1] of windows that share one token with the next, then the rest as a shorter one."""
+    targets = len(tokens) - 1
+    whole = targets // length
+    if whole:
+        yield from tokens[: whole * length + 1].unfold(0, length + 1, length).split(max(BATCH_TOKENS // length, 1))
+    if targets % length:
+        yield tokens[whole * length :].unsqueeze(0)
+
+
+def _text(result: Evaluation) -> str:
+    return "\n".join(
+        [
+            f"loss           {result.loss:.4f} nats a token",
+            f"bits per byte  {result.bits_per_byte:.4f}",
+            f"text           {result.documents:,} documents, {result.bytes:,} bytes, {result.tokens:,} tokens",
+            f"model          {result.source}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

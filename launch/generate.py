@@ -1,0 +1,77 @@
+"""``dualpipe generate RUN|HF_DIR --prompt TEXT``: how a model goes on from a text."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.command import Parser, UsageError, reported
+from launch.model_folder import load_model
+from model.generate import generate
+
+_EPILOG = """\
+example:
+  dualpipe generate runs/tiny-cpu --prompt "def main(" --tokens 100
+
+The whole model is loaded into this process, on a GPU in BF16 where there is one, else on the CPU in FP32."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 2 after one line about what was given."""
+    return reported(lambda: _generate(_parser().parse_args(argv)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="dualpipe generate",
+        description="Print a prompt and the model's continuation, up to the end of the document.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", type=Path, metavar="RUN|HF_DIR", help="run folder or Hugging Face folder")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="may be empty: the beginning of a document")
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="at most (default 200)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 (the default) takes the most probable token, 1 draws from the model's own distribution",
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of the draws (default 1)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    _check(1 <= arguments.tokens < 2**31, "--tokens", arguments.tokens, "must be from 1 to 2**31 - 1")
+    _check(
+        0 <= arguments.temperature < float("inf"),
+        "--temperature",
+        arguments.temperature,
+        "must be finite, not negative",
+    )
+    _check(0 <= arguments.seed < 2**63, "--seed", arguments.seed, "must be from 0 to 2**63 - 1")
+    loaded = load_model(arguments.model)
+    tokenizer = loaded.tokenizer
+    # Every document follows the end of another one, so a prompt does too.
+    prompt = [tokenizer.end, *tokenizer.encode(os.fsencode(arguments.prompt))]
+    tokens = list(
+        generate(loaded.model, prompt, arguments.tokens, arguments.temperature, arguments.seed, tokenizer.end)
+    )
+    text = tokenizer.decode([*prompt[1:], *(token for token in tokens if token != tokenizer.end)])
+    if arguments.json:
+        print(json.dumps({"source": loaded.source, "text": text, "tokens": tokens}))
+    else:
+        print(text)
+
+
+def _check(holds: bool, option: str, value: object, rule: str) -> None:
+    if not holds:
+        raise UsageError(f"{option}={value} {rule}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""``dualpipe import --hf DIR --run RUN [key=value ...]``: a Hugging Face model as a run that is at its beginning.
+
+The run's configuration is the model's, defaults for the rest, and the overrides; its weights are a checkpoint of step 0
+with zero moments, readable on any layout. Weights go over a tensor at a time.
+"""
+
+import argparse
+import itertools
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from launch.aside import built_aside
+from launch.command import Parser, progress_bar, reported
+from launch.config import Config, RunConfig, from_dict
+from launch.config_file import apply
+from launch.data import open_dataset
+from launch.model_folder import ORIGIN, ORIGIN_FILES, HuggingFaceModel, open_hugging_face
+from launch.run_folder import RunFolder
+from launch.run_weights import RunWeightsWriter
+from launch.tokenizer import FILE, is_byte_tokenizer
+from launch.train import invocation
+from model.huggingface import Published, published
+from model.size import size
+
+_EPILOG = """\
+example:
+  dualpipe import --hf DeepSeek-V3 --run runs/v3 data.source=corpus train.sequence_length=4096
+  dualpipe train runs/v3/config.yaml train.steps=100
+
+The model, the data, the seed and the sequence length belong to the run from its beginning, so they are given here; the
+rest may be given to 'train' too. model.yarn_factor=40 stretches the context. Interrupted, the same command goes on."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 2 after one line about what was given."""
+    return reported(lambda: _import(_parser().parse_intermixed_args(argv)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="dualpipe import",
+        description="Make a run folder out of a Hugging Face deepseek_v3 model.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--hf", required=True, type=Path, metavar="DIR", help="folder with config.json and safetensors")
+    parser.add_argument("--run", required=True, type=Path, metavar="RUN", help="run folder to make; must not exist")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="configuration of the run")
+    return parser
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    theirs = open_hugging_face(arguments.hf)
+    config = _configuration(theirs, arguments.run, arguments.overrides)
+    theirs.check(config.model)  # an override may have made it another one
+    fingerprint = open_dataset(config).fingerprint
+    own_tokenizer = (theirs.path / FILE).is_file() and not is_byte_tokenizer(theirs.path / FILE)
+    source = {
+        "folder": str(theirs.path.absolute()),
+        "files": theirs.folder.identity(),
+        "model": asdict(config.model),
+    }
+    with built_aside(arguments.run, "--run", source) as partial:
+        _write_weights(theirs, config, partial / "checkpoints" / "step-00000000")
+        if own_tokenizer:
+            _keep_origin(theirs.path, partial / ORIGIN)
+        folder = RunFolder(replace(config, run=RunConfig(str(partial))))
+        folder.open(config, fingerprint).close()
+        folder.events.write("import", source=source["folder"], left_out=theirs.left_out)
+    if theirs.left_out:
+        left = theirs.left_out
+        print(f"left out {len(left)} tensors that have no place here, {left[0]} .. {left[-1]}", file=sys.stderr)
+    if own_tokenizer:
+        print(
+            f"note: 'train' reads text as bytes, and this model has a tokenizer of its own, which 'evaluate' and "
+            f"'generate' use and 'export' copies ({arguments.run / ORIGIN})",
+            file=sys.stderr,
+        )
+    print(f"{arguments.run}: {size(config.model)}")
+    again = shlex.quote(str(arguments.run / "config.yaml"))
+    print(f"to train it: {invocation(sys.argv[0], os.environ, Path.cwd())} {again}")
+
+
+def _configuration(theirs: HuggingFaceModel, run: Path, overrides: Sequence[str]) -> Config:
+    """One rank, a short run, and all else from the model and the overrides."""
+    context = theirs.config.original_max_position_embeddings
+    values: dict[str, Any] = {
+        "model": asdict(theirs.config),
+        "train": {"steps": 100, "sequence_length": min(context, 1024), "global_batch_size": 8},
+    }
+    for override in overrides:
+        apply(Config, values, override)
+    values["run"] = {"dir": str(run)}
+    return from_dict(values)
+
+
+def _write_weights(theirs: HuggingFaceModel, config: Config, checkpoint: Path) -> None:
+    """A file for every layer, so that an interruption costs a layer at most."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    writer = RunWeightsWriter(checkpoint)
+    tensors = list(published(config.model))
+    files = [list(group) for _, group in itertools.groupby(tensors, key=_place)]
+    with progress_bar("import", len(tensors)) as advance:
+
+        def read(tensor: Published) -> Any:
+            advance()
+            return theirs.folder.read(tensor)
+
+        for number, group in enumerate(files):
+            if writer.has(number):
+                for _ in group:
+                    advance()
+            else:
+                writer.write_file(number, group, read)
+    writer.finish(len(files))
+
+
+def _place(tensor: Published) -> str:
+    """What tensors of one file have in common: the layer, or the parameter outside of the layers."""
+    kind, _, rest = tensor.parameter.partition(".")
+    return f"{kind}.{rest.split('.')[0]}"
+
+
+def _keep_origin(source: Path, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    for name in ORIGIN_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

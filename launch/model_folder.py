@@ -1,0 +1,135 @@
+"""A whole model in this process, out of a run's newest checkpoint or a Hugging Face folder."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from launch.config import Config, load
+from launch.run_weights import RunWeights, newest
+from launch.tokenizer import CONFIG_FILE, FILE, ByteTokenizer, Tokenizer, published_tokenizer
+from model.config import ModelConfig
+from model.huggingface import HuggingFaceError, Published, is_left_out, model_config, published
+from model.safetensors_folder import SafetensorsFolder, read_json
+from model.transformer import Transformer
+from parallel.checkpoint import CheckpointError
+
+RUN_FILE, HUGGING_FACE_FILE = "config.yaml", "config.json"
+ORIGIN = "hugging_face"
+"""In a run folder, what came with an imported model whose tokens are not bytes."""
+ORIGIN_FILES = (HUGGING_FACE_FILE, FILE, CONFIG_FILE, "special_tokens_map.json", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class HuggingFaceModel:
+    """A Hugging Face folder that was checked: it has every tensor of ``config``'s model, and no unknown one."""
+
+    path: Path
+    values: dict[str, Any]
+    config: ModelConfig
+    folder: SafetensorsFolder
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises HuggingFaceError when the tensors are not those of ``config``'s model."""
+        self.folder.check(published(config), lambda name: is_left_out(name, self.config, self.values))
+
+    @property
+    def left_out(self) -> list[str]:
+        """Tensors that have no place in the model, sorted."""
+        return sorted(name for name in self.folder.tensors if is_left_out(name, self.config, self.values))
+
+
+def open_hugging_face(path: Path) -> HuggingFaceModel:
+    """Raises HuggingFaceError, naming what lacks or does not fit."""
+    if not path.is_dir():
+        raise HuggingFaceError(f"{path} must be a folder with a Hugging Face model")
+    file = path / HUGGING_FACE_FILE
+    values = read_json(file)
+    try:
+        config = model_config(values)
+    except HuggingFaceError as error:
+        raise HuggingFaceError(f"{file}: {error}") from None
+    model = HuggingFaceModel(path, values, config, SafetensorsFolder(path))
+    model.check(config)
+    return model
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and its newest complete checkpoint, which was checked to be of the run's model."""
+
+    path: Path
+    config: Config
+    weights: RunWeights
+
+
+def open_run(path: Path) -> Run:
+    """Raises CheckpointError or ConfigError, naming what lacks."""
+    if not (path / RUN_FILE).is_file():
+        raise CheckpointError(f"{path} must be a run folder, and it has no {RUN_FILE}")
+    config = load(path / RUN_FILE)
+    weights = RunWeights(newest(path / "checkpoints"))
+    weights.check(list(published(config.model)))
+    return Run(path, config, weights)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """``source``: what the weights are from. ``sequence_length``: tokens that the model is used to at once."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    source: str
+    sequence_length: int
+
+
+def load_model(path: Path) -> LoadedModel:
+    """The model of a run or Hugging Face folder, on a GPU in BF16 where there is one, else on the CPU in FP32.
+
+    Raises CheckpointError, ConfigError or HuggingFaceError, one line each.
+    """
+    if (path / RUN_FILE).is_file():
+        run = open_run(path)
+        tokenizer = run_tokenizer(path)
+        config, read, source = run.config.model, run.weights.read, str(run.weights.path)
+        length = run.config.train.sequence_length
+    elif (path / HUGGING_FACE_FILE).is_file():
+        theirs = open_hugging_face(path)
+        tokenizer = published_tokenizer(path, theirs.values)
+        config, read, source = theirs.config, theirs.folder.read, str(path)
+        length = min(config.original_max_position_embeddings, 1024)
+    else:
+        raise HuggingFaceError(f"{path} must be a run folder ({RUN_FILE}) or a Hugging Face one ({HUGGING_FACE_FILE})")
+    if max(tokenizer.size, tokenizer.end + 1) > config.vocab_size:
+        raise HuggingFaceError(
+            f"vocab_size={config.vocab_size} of {path} must be at least {tokenizer.size}, the tokens of its tokenizer"
+        )
+    return LoadedModel(_whole(config, read), tokenizer, source, length)
+
+
+def run_tokenizer(path: Path) -> Tokenizer:
+    """A run's: bytes, unless its model was imported with a tokenizer of its own."""
+    origin = path / ORIGIN
+    return published_tokenizer(origin, read_json(origin / HUGGING_FACE_FILE)) if origin.is_dir() else ByteTokenizer()
+
+
+def _whole(config: ModelConfig, read: Callable[[Published], Tensor]) -> Transformer:
+    """The model with the weights that ``read`` gives; each is converted as it comes."""
+    on_gpu = torch.cuda.is_available()
+    device, dtype = torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16 if on_gpu else torch.float32
+    with torch.device("meta"):
+        model = Transformer(config)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+            setattr(module, name, nn.Parameter(empty, requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, device=device))
+    places = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for tensor in published(config):
+        flat = places[tensor.parameter].view(-1)
+        flat[tensor.offset : tensor.offset + tensor.numel].copy_(read(tensor).reshape(-1))
+    return model

@@ -1,0 +1,136 @@
+"""Text <-> tokens of one model: bytes, as runs are trained on, or a published ``tokenizer.json``.
+
+``byte_tokenizer`` is the first in the form of the second, so that an exported model comes with the tokens that it was
+trained on, and transformers, vLLM and SGLang read text as ``launch/data.py`` does.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from launch.data import END_OF_DOCUMENT, VOCABULARY
+from model.huggingface import HuggingFaceError
+
+FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+END_TEXT = "<|end_of_document|>"
+
+
+class Tokenizer(Protocol):
+    size: int
+    """Tokens that there are: all are below it."""
+    end: int
+    """The token after, and before, every document."""
+
+    def encode(self, text: bytes) -> list[int]:
+        """``text``: UTF-8; what is not is an affair of the tokenizer."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str: ...
+
+
+class ByteTokenizer:
+    """Token 0..255 is the byte of that value; any bytes are text."""
+
+    size, end = VOCABULARY, END_OF_DOCUMENT
+
+    def encode(self, text: bytes) -> list[int]:
+        return list(text)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(token for token in tokens if token < 256).decode("utf-8", "replace")
+
+
+class PublishedTokenizer:
+    """A ``tokenizer.json`` through Hugging Face's ``tokenizers``. ``end`` is from the model's configuration."""
+
+    def __init__(self, path: Path, end: int) -> None:
+        try:
+            from tokenizers import Tokenizer as Rust
+        except ImportError:
+            raise HuggingFaceError(f"{path} needs the package 'tokenizers', and it is not installed") from None
+        try:
+            self._rust = Rust.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise HuggingFaceError(f"{path} is no tokenizer: {' '.join(str(error).split())}") from None
+        self.size, self.end = max(self._rust.get_vocab().values(), default=-1) + 1, end
+
+    def encode(self, text: bytes) -> list[int]:
+        # What is not UTF-8 is read as the replacement character: the vocabulary is one of characters.
+        tokens: list[int] = self._rust.encode(text.decode("utf-8", "replace"), add_special_tokens=False).ids
+        return tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        text: str = self._rust.decode(list(tokens))
+        return text
+
+
+def published_tokenizer(folder: Path, values: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder whose ``config.json`` has these values. Raises HuggingFaceError."""
+    if not (folder / FILE).is_file():
+        raise HuggingFaceError(f"{folder / FILE} is missing: without it the model's tokens have no meaning")
+    if is_byte_tokenizer(folder / FILE):
+        return ByteTokenizer()
+    end = values.get("eos_token_id")
+    end = end[0] if isinstance(end, list) and end else end
+    if type(end) is not int or end < 0:
+        raise HuggingFaceError(f"{folder / 'config.json'}: eos_token_id={end!r} must be a token, the end of a document")
+    return PublishedTokenizer(folder / FILE, end)
+
+
+def byte_tokenizer() -> dict[str, Any]:
+    """``tokenizer.json`` for ``ByteTokenizer``: byte-level BPE without a single merge."""
+    characters = _byte_characters()
+    end = {"id": END_OF_DOCUMENT, "content": END_TEXT, "special": True, "normalized": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{**end, "single_word": False, "lstrip": False, "rstrip": False}],
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": None,
+        "decoder": level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {character: byte for byte, character in enumerate(characters)},
+            "merges": [],
+        },
+    }
+
+
+def tokenizer_config(context: int) -> dict[str, Any]:
+    """``tokenizer_config.json`` beside ``byte_tokenizer``."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_TEXT,
+        "bos_token": END_TEXT,
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context,
+    }
+
+
+def is_byte_tokenizer(path: Path) -> bool:
+    """Whether a ``tokenizer.json`` is the one above."""
+    try:
+        found: bool = json.loads(path.read_text(encoding="utf-8")) == byte_tokenizer()
+    except (OSError, ValueError, RecursionError):
+        return False
+    return found
+
+
+def _byte_characters() -> list[str]:
+    """The character that byte-level BPE writes for each byte: its own where Latin-1 prints one, and for the others,
+    in order, those from U+0100 on (GPT-2's table)."""
+    printed = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printed else next(others)) for byte in range(256)]

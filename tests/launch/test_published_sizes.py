@@ -1,0 +1,30 @@
+"""The configurations of published models are what they say they are."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch.config import load
+from model.config import ModelConfig
+from model.size import size
+from parallel.mesh import Layout
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_deepseek_v3_is_the_report_s_model_on_the_report_s_layout() -> None:
+    config = load(CONFIGS / "deepseek-v3.yaml")
+    assert config.model == ModelConfig()
+    assert str(size(config.model)) == "671.0B parameters, 36.6B of them active for a token"
+    assert config.layout == Layout(pipeline=16, data=128, expert=64) and config.layout.world_size == 2048
+    assert config.microbatches == 120
+    tokens = config.train.steps * config.train.global_batch_size * config.train.sequence_length
+    assert tokens == pytest.approx(14.8e12, rel=0.01)
+
+
+def test_deepseek_v2_lite_has_its_size_under_the_newer_router() -> None:
+    config = load(CONFIGS / "deepseek-v2-lite.yaml")
+    assert size(config.model).total == 15_706_484_224 + 26 * 64  # as published, and a bias for each expert
+    same_size = replace(config.model, norm_topk_prob=False, routed_scaling_factor=1.0)
+    assert size(same_size) == size(config.model)

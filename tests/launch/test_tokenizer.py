@@ -1,0 +1,63 @@
+"""The published byte tokenizer reads text as runs are trained on it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launch.tokenizer import ByteTokenizer, PublishedTokenizer, byte_tokenizer, is_byte_tokenizer, published_tokenizer
+from model.huggingface import HuggingFaceError
+
+pytest.importorskip("tokenizers")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    (path / "tokenizer.json").write_text(json.dumps(byte_tokenizer()))
+    return path
+
+
+@settings(deadline=None, max_examples=60)
+@given(text=st.text(max_size=40).filter(lambda text: text.isprintable() or text.isascii()))
+def test_bytes_are_the_same_tokens_in_the_published_form(folder: Path, text: str) -> None:
+    published = PublishedTokenizer(folder / "tokenizer.json", 256)
+    content = text.encode()
+    assert published.encode(content) == ByteTokenizer().encode(content) == list(content)
+    assert published.decode(list(content)) == ByteTokenizer().decode(list(content)) == text
+    assert published.size == ByteTokenizer.size
+
+
+def test_every_byte_has_its_own_token(folder: Path) -> None:
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    assert sorted(vocabulary.values()) == list(range(256))
+    # Characters below U+0800 have between them every lead and continuation byte of two, and all of ASCII.
+    text = "".join(map(chr, range(0x800)))
+    assert PublishedTokenizer(folder / "tokenizer.json", 256).encode(text.encode()) == list(text.encode())
+
+
+def test_the_published_form_is_recognised(folder: Path, tmp_path: Path) -> None:
+    assert is_byte_tokenizer(folder / "tokenizer.json")
+    assert isinstance(published_tokenizer(folder, {}), ByteTokenizer)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert not is_byte_tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "values", "message"),
+    [
+        (None, {}, "tokenizer.json is missing"),
+        ("{}", {"eos_token_id": 1}, "tokenizer.json is no tokenizer"),
+        ("{}", {}, "eos_token_id=None must be a token"),
+        ("{}", {"eos_token_id": []}, r"eos_token_id=\[\] must be a token"),
+    ],
+)
+def test_a_folder_without_a_tokenizer_is_refused(
+    tmp_path: Path, content: str | None, values: dict[str, object], message: str
+) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(HuggingFaceError, match=message):
+        published_tokenizer(tmp_path, values)
