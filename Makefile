@@ -20,10 +20,10 @@ help:
 	@echo "make check                           lint, format and types"
 	@echo "make clean                           remove the environment and caches; runs/ stays"
 
-train: $(VENV)/.installed
+train: $(VENV)/.installed-run
 	cd "$(ROOT)" && "$(VENV)/bin/dualpipe" train configs/tiny-cpu.yaml $(ARGS)
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed-test
 	cd "$(ROOT)" && "$(VENV)/bin/python" -m pytest $(ARGS)
 
 check: $(VENV)/.installed-dev
@@ -34,14 +34,18 @@ check: $(VENV)/.installed-dev
 clean:
 	cd "$(ROOT)" && rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-$(VENV)/bin/python:
+# A stamp appears when its install is through. An environment without a pip that runs was cut short, or has lost its
+# Python: it is made again.
+$(VENV)/.installed-run: $(ROOT)/setup.py $(ROOT)/constraints.txt
 	"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
-	"$(PYTHON)" -m venv "$(VENV)"
+	"$(VENV)/bin/python" -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear "$(VENV)"
+	$(INSTALL) -e .
+	touch "$@"
 
-$(VENV)/.installed: $(ROOT)/setup.py $(ROOT)/constraints.txt | $(VENV)/bin/python
+$(VENV)/.installed-test: $(VENV)/.installed-run
 	$(INSTALL) -e '.[test]'
 	touch "$@"
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: $(VENV)/.installed-test
 	$(INSTALL) -e '.[dev]'
 	touch "$@"

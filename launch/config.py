@@ -5,26 +5,36 @@ its value and the rule. A ``Config`` that exists is one that can run, up to the 
 it with the ranks there are, and ``resume_differences`` with the run that a folder already holds.
 """
 
-import difflib
-import math
-import types
-import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from dualpipe import schedules
-from launch.yaml_strict import DuplicateKeyError, dump_yaml, load_yaml
+from launch.config_file import ConfigError, apply, build, read, show
+from launch.yaml_strict import dump_yaml
 from model.config import ModelConfig
 from parallel.mesh import Layout
 from parallel.optimizer_config import OptimizerConfig
 
+__all__ = [
+    "Config",
+    "ConfigError",
+    "check_world_size",
+    "dump",
+    "from_dict",
+    "load",
+    "resume_differences",
+    "show",
+    "to_dict",
+]
 
-class ConfigError(ValueError):
-    """The configuration breaks a rule; the message is one line with the key, the value and the rule."""
+COUNT_LIMIT = 2**31
+"""What a count must be below; the product of two of them is still an index of 64 bits."""
+MICROBATCHES_LIMIT = 2**16
+"""Micro-batches of a step at most: a rank spells out what it does with each of them."""
+WEEK_SECONDS = 7 * 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -62,11 +72,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for key in ("steps", "sequence_length", "global_batch_size", "micro_batch_size"):
-            _check(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "must be at least 1")
-        for key in ("seed", "threads", "validate_every"):
-            _check(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "must not be negative")
-        _check(self.seed < 2**63, "train.seed", self.seed, "must be below 2**63")
-        _check(self.timeout_seconds > 0, "train.timeout_seconds", self.timeout_seconds, "must be above 0")
+            _check_count(f"train.{key}", getattr(self, key), least=1)
+        _check_count("train.validate_every", self.validate_every)
+        _check_count("train.threads", self.threads, limit=1025)
+        _check_count("train.seed", self.seed, limit=2**63)
+        within = 1 <= self.timeout_seconds <= WEEK_SECONDS
+        _check(within, "train.timeout_seconds", self.timeout_seconds, f"must be from 1 to {WEEK_SECONDS:g}, a week")
 
 
 @dataclass(frozen=True)
@@ -82,8 +93,7 @@ class DataConfig:
         _check(self.source.strip() != "", "data.source", self.source, "must be 'stdlib', a path or a glob")
         inside = 0 < self.validation_fraction < 1
         _check(inside, "data.validation_fraction", self.validation_fraction, "must be above 0 and below 1")
-        count = self.validation_sequences
-        _check(count >= 0, "data.validation_sequences", count, "must not be negative")
+        _check_count("data.validation_sequences", self.validation_sequences)
 
 
 @dataclass(frozen=True)
@@ -94,8 +104,8 @@ class CheckpointConfig:
     """Newest complete checkpoints that are kept."""
 
     def __post_init__(self) -> None:
-        _check(self.every >= 0, "checkpoint.every", self.every, "must not be negative")
-        _check(self.keep >= 1, "checkpoint.keep", self.keep, "must be at least 1")
+        _check_count("checkpoint.every", self.every)
+        _check_count("checkpoint.keep", self.keep, least=1)
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,8 @@ class RunConfig:
     """The run's folder; training goes on from its newest complete checkpoint when it already holds a run."""
 
     def __post_init__(self) -> None:
-        _check(self.dir.strip() != "" and "\0" not in self.dir, "run.dir", self.dir, "must be a path")
+        whole = self.dir.strip() != "" and not re.search(r"[\x00-\x1f\x7f-\x9f]", self.dir)
+        _check(whole, "run.dir", self.dir, "must be a path, without control characters")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,16 +143,16 @@ class Config:
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a YAML file, with ``key.sub=value`` overrides applied in order."""
-    values = _read(Path(path))
+    values = read(Path(path))
     for override in overrides:
-        _apply(values, override)
+        apply(Config, values, override)
     return from_dict(values)
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
     """A configuration from nested mappings, as a YAML file gives them."""
     try:
-        return _build(Config, values, "")
+        return build(Config, values)
     except ConfigError:
         raise
     except ValueError as error:  # the rooms below name their own keys
@@ -168,21 +179,24 @@ def check_world_size(config: Config, world_size: int) -> None:
         )
 
 
+_FIXED = ("train.seed", "train.sequence_length", "data.validation_fraction")
+
+
 def resume_differences(old: Config, new: Config) -> tuple[list[str], list[str]]:
     """What a resumed run would change: (refused, recorded), each line 'KEY: run has OLD, given NEW'.
 
-    What decides the meaning of a checkpoint (the model, the seed, the data and how they are cut) must stay; the
-    layout, the length of the run, the optimizer's constants and the rest may change between two starts.
+    What decides the meaning of a checkpoint (the model, the seed, how the data are cut) must stay; the layout, the
+    length of the run, the optimizer's constants and the rest may change between two starts. So may the name under
+    which the data are found: whether they are the same is for their fingerprint to say.
     """
     refused: list[str] = []
     recorded: list[str] = []
     new_values = dict(_flatten(to_dict(new)))
     for key, value in _flatten(to_dict(old)):
         if value != new_values[key]:
-            measures = key == "data.validation_sequences"
-            fixed = key.startswith(("model.", "data.")) or key in ("train.seed", "train.sequence_length")
-            line = f"{key}: run has {_show(value)}, given {_show(new_values[key])}"
-            (refused if fixed and not measures else recorded).append(line)
+            fixed = key.startswith("model.") or key in _FIXED
+            line = f"{key}: run has {show(value)}, given {show(new_values[key])}"
+            (refused if fixed else recorded).append(line)
     return refused, recorded
 
 
@@ -199,7 +213,16 @@ def _cross_check(config: Config) -> None:
         raise ConfigError(
             f"layout.expert={layout.expert} must divide model.n_routed_experts ({model.n_routed_experts})"
         )
-    stages = _stages(config)
+    try:
+        schedules.check(config.schedule.name, layout.pipeline, config.microbatches)
+        stages = schedules.stages(config.schedule.name, layout.pipeline)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if config.microbatches > MICROBATCHES_LIMIT:
+        raise ConfigError(
+            f"the number of micro-batches (train.global_batch_size / (layout.data x train.micro_batch_size)) = "
+            f"{config.microbatches} must be at most {MICROBATCHES_LIMIT}"
+        )
     if model.num_hidden_layers < stages:
         raise ConfigError(
             f"model.num_hidden_layers={model.num_hidden_layers} must be at least the number of stages ({stages}), "
@@ -207,163 +230,14 @@ def _cross_check(config: Config) -> None:
         )
 
 
-def _stages(config: Config) -> int:
-    """Stages that the schedule cuts the model into; the schedule itself says whether it is possible."""
-    try:
-        return schedules.generate(config.schedule.name, config.layout.pipeline, config.microbatches).stages
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
 def _check(holds: bool, key: str, value: object, rule: str) -> None:
     if not holds:
-        raise ConfigError(f"{key}={_show(value)} {rule}")
+        raise ConfigError(f"{key}={show(value)} {rule}")
 
 
-def _show(value: object) -> str:
-    """A value as YAML would have it, on one line and not too long."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = repr(value)
-    return text if len(text) <= 100 else text[:97] + "..."
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
-    try:
-        values = load_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"configuration {path} must be a readable YAML file: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"configuration {path} must be UTF-8 text: {error.reason} at byte {error.start}") from None
-    except DuplicateKeyError as error:
-        raise ConfigError(f"{path}:{error.line}: {error.key} must appear once; line {error.first} has it too") from None
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections (model:, train:, ...), not {_show(values)}")
-    return values
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    """Set one key in the file's mapping, creating its section."""
-    key, equals, text = override.partition("=")
-    key = key.strip()
-    if not equals:
-        raise ConfigError(f"override {override!r} must have the form key.sub=value")
-    leaves = _leaf_types()
-    if key not in leaves:
-        raise _unknown(key)
-    section, _, leaf = key.partition(".")
-    part = values.get(section)
-    if part is None:
-        part = values[section] = {}
-    if not isinstance(part, dict):
-        raise ConfigError(f"{section}={_show(part)} must be a mapping")
-    part[leaf] = _parse_override(key, text, leaves[key])
-
-
-def _parse_override(key: str, text: str, hint: Any) -> Any:
-    """The value of an override. Where text is wanted it is taken as it stands: a glob's ``*`` is an alias in YAML."""
-    if hint is str or typing.get_origin(hint) is Literal:
-        return text
-    try:
-        return load_yaml(text)
-    except (yaml.YAMLError, DuplicateKeyError):
-        raise ConfigError(f"{key}={text!r} must be {_wanted(hint)}") from None
-
-
-def _leaf_types() -> dict[str, Any]:
-    """Every dotted key and the type that it must have."""
-    return {
-        f"{section}.{leaf}": hint
-        for section, part in typing.get_type_hints(Config).items()
-        for leaf, hint in typing.get_type_hints(part).items()
-    }
-
-
-def _build(kind: Any, values: object, prefix: str) -> Any:
-    """An instance of a dataclass from a mapping; ``prefix`` is the dotted path to it, for messages."""
-    if values is None:
-        values = {}  # a section whose keys are all commented out
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{prefix or 'configuration'}={_show(values)} must be a mapping")
-    hints = typing.get_type_hints(kind)
-    for name in values:
-        if name not in hints:
-            raise _unknown(_join(prefix, str(name)))
-    given: dict[str, Any] = {}
-    for leaf in fields(kind):
-        key, hint = _join(prefix, leaf.name), hints[leaf.name]
-        if is_dataclass(hint):
-            given[leaf.name] = _build(hint, values.get(leaf.name), key)
-        elif leaf.name in values:
-            given[leaf.name] = _convert(key, values[leaf.name], hint)
-        elif leaf.default is MISSING and leaf.default_factory is MISSING:
-            raise ConfigError(f"{key} is missing and must be {_wanted(hint)}")
-    return kind(**given)
-
-
-def _convert(key: str, value: Any, hint: Any) -> Any:
-    """The value as the wanted type, or ConfigError. A bool is no number, and a whole number is a float too."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for kind in kinds:
-        if kind is types.NoneType and value is None:
-            return None
-        if typing.get_origin(kind) is Literal and isinstance(value, str) and value in typing.get_args(kind):
-            return value
-        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            number = _float(value)
-            if math.isfinite(number):
-                return number
-        if kind in (int, bool, str) and type(value) is kind:
-            return value
-    raise ConfigError(f"{key}={_show(value)} must be {_wanted(hint)}")
-
-
-def _float(value: int | float) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def _wanted(hint: Any) -> str:
-    """A type in words, as the end of 'must be ...'."""
-    if isinstance(hint, types.UnionType):
-        return " or ".join(_wanted(kind) for kind in typing.get_args(hint))
-    if typing.get_origin(hint) is Literal:
-        return " or ".join(typing.get_args(hint))
-    words = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
-    return words.get(hint, "null")
-
-
-def _unknown(key: str) -> ConfigError:
-    """The error for a key that does not exist, with the nearest that does."""
-    leaves = list(_leaf_types())
-    if "." in key:
-        choices: Iterable[str] = leaves
-    else:
-        choices = [section.name for section in fields(Config)]
-        if key in choices:
-            inside = next(leaf for leaf in leaves if leaf.startswith(f"{key}."))
-            return ConfigError(f"{key} is a section; an override sets one of its keys, such as {inside}")
-        leaves = [leaf for leaf in leaves if leaf.split(".")[1] == key]
-        if leaves:
-            return ConfigError(f"{key} is not a key of the configuration; did you mean {' or '.join(leaves)}?")
-    nearest = difflib.get_close_matches(key, choices, n=1, cutoff=0.0)
-    return ConfigError(f"{key} is not a key of the configuration; the nearest is {nearest[0]}")
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
+def _check_count(key: str, value: int, least: int = 0, limit: int = COUNT_LIMIT) -> None:
+    _check(value >= least, key, value, f"must be at least {least}" if least else "must not be negative")
+    _check(value < limit, key, value, f"must be below {limit}")
 
 
 def _flatten(values: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.config_file import brief, show
+
 _SUFFIXES = (".txt", ".jsonl")
 # Third-party packages differ between machines, and test suites are half of the library's text.
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
@@ -16,6 +18,9 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "__pycache__"
 
 class DataError(ValueError):
     """The data cannot be trained on; the message is one line that names ``data.source`` and the rule."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(brief(message))
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ def find_source(source: str) -> Source:
     A folder gives all .txt and .jsonl files below it, a glob those that it matches (``**`` crosses folders). A folder
     that is itself called stdlib is ./stdlib.
     """
-    setting = f"data.source={source!r}"
+    setting = f"data.source={show(source)}"
     try:
         path = Path(source).expanduser()
         if source == "stdlib":
@@ -80,6 +85,8 @@ def find_source(source: str) -> Source:
             files = _below(path, _SUFFIXES, set())
         elif path.exists():
             files = [path]
+            if not path.is_file():
+                raise DataError(f"{setting} must be a regular file, a folder, a glob or 'stdlib'")
             if path.suffix not in _SUFFIXES:
                 raise DataError(f"{setting} must be a .txt or .jsonl file, a folder, a glob or 'stdlib'")
         else:

@@ -17,6 +17,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from launch.whole_file import write_whole
+
 
 class MetricsLog:
     """``metrics.jsonl``: one JSON object a step, on disk as soon as it is appended.
@@ -28,11 +30,7 @@ class MetricsLog:
     def __init__(self, path: str | Path, resumed_step: int = 0) -> None:
         self.path = Path(path)
         steps = filter(_is_step, read_jsonl(self.path))
-        kept = "".join(_line(entry) for entry in steps if _step(entry) <= resumed_step)
-        # The old file stays whole until the shorter one is: a crash here loses no step.
-        aside = self.path.with_name(self.path.name + ".part")
-        aside.write_text(kept, encoding="utf-8")
-        os.replace(aside, self.path)
+        write_whole(self.path, "".join(_line(entry) for entry in steps if _step(entry) <= resumed_step))
         self._file = self.path.open("a", encoding="utf-8")
 
     def append(self, entry: Mapping[str, Any]) -> None:
@@ -87,7 +85,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(entry, dict):
             entries.append(entry)
@@ -190,13 +188,13 @@ def print_summary(
     run_dir: str,
     config_path: str,
     overrides: Sequence[str] = (),
-    command: str = "dualpipe train",
+    command: str,
     console: Console | None = None,
 ) -> None:
     """What came of a run, from the steps in its metrics, and the command that goes on with it.
 
-    ``overrides`` are those that the run was started with: they are part of what to run next. Times are medians, which
-    the slow first steps do not move.
+    ``command`` is what started the run, up to its configuration; ``overrides`` are those that it was started with. Both
+    are part of what to run next. Times are medians, which the slow first steps do not move.
     """
     console = console or Console()
     rows: list[tuple[str, str]] = []
@@ -210,15 +208,21 @@ def print_summary(
         ("step_seconds", "time per step", ".3f", "s (median)"),
         ("tokens_per_second", "speed", ",.0f", "tokens/s (median)"),
     ):
-        values = [entry[key] for entry in entries if isinstance(entry.get(key), (int, float))]
-        if values:
-            rows.append((label, f"{statistics.median(values):{form}} {unit}"))
+        middle = median(entries, key)
+        if middle is not None:
+            rows.append((label, f"{middle:{form}} {unit}"))
     rows.append(("run folder", run_dir))
     own = [given for given in overrides if given.partition("=")[0].strip() not in ("run.dir", "train.steps")]
     words = [config_path, *own, f"run.dir={run_dir}", f"train.steps={2 * max(steps, 1)}"]
     rows.append(("to go on", f"{command} {shlex.join(words)}"))
     for label, text in rows:
         console.print(f"{label:<16} {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def median(entries: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """The median of the steps that have a number under ``key``; None when none has."""
+    values = [entry[key] for entry in entries if isinstance(entry.get(key), (int, float))]
+    return statistics.median(values) if values else None
 
 
 def _is_step(entry: Mapping[str, Any]) -> bool:

@@ -1,10 +1,9 @@
-"""What a process needs to know and do to be one rank: its place, its device, its group, its signals."""
+"""What a process needs to know and do to be one rank: its place, its device, its group."""
 
 import ctypes
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -116,26 +115,3 @@ def together(function: Callable[[], Result], errors: tuple[type[Exception], ...]
     if first is not None:
         raise ConfigError(first) from failure
     return result  # type: ignore[return-value]
-
-
-class StopRequest:
-    """Ctrl-C or SIGTERM asks the run to stop after the step at hand; asked again, it stops at once, and so it does as
-    long as ``graceful`` is not set, when there is no step to finish.
-
-    One Ctrl-C reaches a rank twice, from the terminal and from the launcher: what follows within two seconds is the
-    same request.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self.graceful = False
-        self._when = 0.0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: object) -> None:
-        again = self.signal is not None and time.monotonic() - self._when > 2
-        if again or not self.graceful:
-            os._exit(128 + number)
-        if self.signal is None:
-            self.signal, self._when = number, time.monotonic()

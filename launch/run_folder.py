@@ -10,12 +10,12 @@ lock              held while a run is training
 import errno
 import fcntl
 import json
-import os
 from pathlib import Path
 from typing import TextIO
 
-from launch.config import Config, ConfigError, dump, load, resume_differences
+from launch.config import Config, ConfigError, dump, load, resume_differences, show
 from launch.metrics import EventLog
+from launch.whole_file import write_whole
 
 
 class RunFolder:
@@ -39,22 +39,34 @@ class RunFolder:
             if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
                 raise ConfigError(f"run.dir={self.path} has checkpoints but no config.yaml: it is no run to go on with")
             return []
-        refused, recorded = resume_differences(load(self.config_file), config)
+        refused, recorded = resume_differences(self._stored_config(), config)
         if refused:
             raise ConfigError(
                 f"run.dir={self.path} holds another run ({'; '.join(refused)}): choose another run.dir, "
                 f"or give the values of the run"
             )
-        try:
-            stored = str(json.loads(self.data_file.read_text())["fingerprint"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"run.dir={self.path} has a damaged data.json ({error})") from None
+        stored = self._stored_fingerprint()
         if stored != fingerprint:
             raise ConfigError(
-                f"data.source={config.data.source!r} holds other text than the run in run.dir={self.path} trained on "
-                f"(SHA-256 {fingerprint[:12]}, the run has {stored[:12]}; 'stdlib' differs between Python versions)"
+                f"data.source={show(config.data.source)} holds other text than the run in run.dir={self.path} trained "
+                f"on (SHA-256 {fingerprint[:12]}, the run has {stored[:12]}; 'stdlib' differs between Python versions)"
             )
         return [line for line in recorded if not line.startswith("run.dir:")]
+
+    def _stored_config(self) -> Config:
+        try:
+            return load(self.config_file)
+        except ConfigError as error:
+            raise ConfigError(f"run.dir={self.path} has a damaged {self.config_file} ({error})") from None
+
+    def _stored_fingerprint(self) -> str:
+        try:
+            fingerprint = json.loads(self.data_file.read_text())["fingerprint"]
+            if not isinstance(fingerprint, str):
+                raise TypeError("fingerprint must be a string")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ConfigError(f"run.dir={self.path} has a damaged {self.data_file} ({error!r})") from None
+        return fingerprint
 
     def open(self, config: Config, fingerprint: str) -> TextIO:
         """Make the folder, note what is run, and take the lock, which is held until the file returned is closed.
@@ -65,17 +77,10 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / "lock").open("a+")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _write(self.data_file, json.dumps({"source": config.data.source, "fingerprint": fingerprint}) + "\n")
-            _write(self.config_file, dump(config))
+            write_whole(self.data_file, json.dumps({"source": config.data.source, "fingerprint": fingerprint}) + "\n")
+            write_whole(self.config_file, dump(config))
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES) and not isinstance(error, PermissionError):
                 raise ConfigError(f"run.dir={self.path} is in use: another process is training in it") from None
             raise ConfigError(f"run.dir={self.path} must be a folder that can be written: {error.strerror}") from None
         return lock
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file whole, so that a crash leaves the old one or the new one."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)

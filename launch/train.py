@@ -10,12 +10,16 @@ Under torchrun this is one rank; otherwise it starts the ranks of the layout on 
 import argparse
 import errno
 import os
+import shlex
+import shutil
 import signal
 import sys
-import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
 
+from launch import output, stop
 from launch.config import Config, ConfigError, check_world_size, load
 from launch.data import DataError, open_dataset
 from launch.run_folder import RunFolder
@@ -23,73 +27,130 @@ from launch.run_folder import RunFolder
 USER_ERROR = 2
 FAILED = 1
 LOST_PEER_SECONDS = 2.0
+LOCAL_RANKS_LIMIT = 64
+"""Ranks that are started on a machine of few cores at most: each of them is a process with torch in it."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
 def parser() -> argparse.ArgumentParser:
-    command = argparse.ArgumentParser(
+    command = _Parser(
         prog="dualpipe train",
         description="Train a model through a pipeline schedule, or go on with the run in run.dir.",
         epilog="example: dualpipe train configs/tiny-cpu.yaml train.steps=20 run.dir=runs/short",
     )
     command.add_argument("config", metavar="CONFIG", help="YAML file with the configuration")
-    command.add_argument("overrides", metavar="key=value", nargs="*", help="values that replace those of the file")
+    command.add_argument(
+        "overrides", metavar="key=value", nargs="*", default=[], help="values that replace those of the file"
+    )
     command.add_argument("--json", action="store_true", help="print nothing but the summary, as one JSON object")
     return command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 trained, 2 bad input, 1 failed, 128 + N stopped by signal N."""
-    arguments = parser().parse_intermixed_args(argv)
+    output.prepare()
+    try:
+        arguments = parser().parse_intermixed_args(argv)
+    except ConfigError as error:
+        return _refuse(error)
+    arguments.command = invocation(sys.argv[0], os.environ, Path.cwd())
     return as_rank(arguments) if "RANK" in os.environ else as_launcher(arguments)
+
+
+def invocation(program: str, environment: Mapping[str, str], folder: Path) -> str:
+    """The words before CONFIG that start this command again from ``folder``; ``program`` is ``sys.argv[0]``."""
+    if "RANK" in environment:
+        return "torchrun ... -m launch.train"
+    path = Path(program).absolute()
+    if path.suffix == ".py":
+        return f"{_from(folder, Path(sys.executable))} -m launch.cli train"
+    on_path = shutil.which(path.name, path=environment.get("PATH"))
+    if on_path is not None and os.path.realpath(on_path) == os.path.realpath(path):
+        return f"{path.name} train"
+    return f"{_from(folder, path)} train"
+
+
+def _from(folder: Path, path: Path) -> str:
+    """A program's path as a shell takes it, relative where it lies below ``folder``."""
+    below = path.is_relative_to(folder) and len(path.relative_to(folder).parts) > 1
+    return shlex.quote(str(path.relative_to(folder) if below else path))
 
 
 def as_launcher(arguments: argparse.Namespace) -> int:
     """Refuse what can be refused before any rank exists, then start all ranks on this machine."""
     try:
+        stop.end_at_once()
         config = load(arguments.config, arguments.overrides)
+        _check_room(config)
         RunFolder(config).changes(config, open_dataset(config).fingerprint)
+        from launch.local import start
+
+        return start(config, arguments)
     except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    from launch.local import start
+        return _refuse(error)
+    except stop.Stopped as stopped:
+        stop.say_not_begun()
+        return 128 + stopped.number
 
-    return start(config, arguments)
+
+def _check_room(config: Config) -> None:
+    """Refuse to start the ranks of a cluster on one machine."""
+    ranks, most = config.layout.world_size, max(LOCAL_RANKS_LIMIT, 4 * (os.cpu_count() or 1))
+    if ranks > most:
+        raise ConfigError(
+            f"layout.pipeline={config.layout.pipeline} x layout.data={config.layout.data} = {ranks} ranks must be at "
+            f"most {most} to be started on this machine; torchrun starts them on several"
+        )
 
 
-def as_rank(arguments: argparse.Namespace) -> int:
-    """One rank's whole life, as torchrun or ``local.py`` started it."""
+def as_rank(arguments: argparse.Namespace, config: Config | None = None) -> int:
+    """One rank's whole life, as torchrun or ``local.py`` started it, which has read the configuration already."""
     try:
-        config = load(arguments.config, arguments.overrides)
-        return _run(config, arguments)
+        return _run(config or load(arguments.config, arguments.overrides), arguments)
     except Exception as error:
         if not is_users(error):
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks of a node refuse alike: one says so
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            _refuse(error)
         return USER_ERROR
 
 
-def _run(config: Config, arguments: argparse.Namespace) -> int:
-    from launch.rank import StopRequest, device_of, leave, place, prepare
+def _refuse(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return USER_ERROR
 
-    stop = StopRequest()
+
+def _run(config: Config, arguments: argparse.Namespace) -> int:
+    from launch.rank import device_of, leave, place, prepare
+
+    request = stop.StopRequest(leads=os.environ.get("RANK") == "0")
     here = place(os.environ)
-    check_world_size(config, here.world_size)
-    device = device_of(config, here)
     folder = RunFolder(config)
     try:
+        check_world_size(config, here.world_size)
+        device = device_of(config, here)
         prepare(config, here, device)
         from launch.trainer import Trainer
 
-        status = Trainer(config, here.rank, device, folder, arguments, stop).run()
+        status = Trainer(config, here.rank, device, folder, arguments, request).run()
         leave()
         return status
     except Exception as error:
         if is_users(error):
             raise
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and (error.errno in NO_ROOM or _is_inside(error, folder)):
             raise ConfigError(f"run.dir={folder.path} cannot be written: {error.strerror}") from error
-        return _fail(folder, here.rank, error)
+        return _fail(folder, here.rank, error, request)
+
+
+def _is_inside(error: OSError, folder: RunFolder) -> bool:
+    """Whether it is about a file of the run."""
+    return isinstance(error.filename, (str, Path)) and Path(error.filename).is_relative_to(folder.path)
 
 
 def is_users(error: Exception) -> bool:
@@ -97,15 +158,16 @@ def is_users(error: Exception) -> bool:
     from parallel.checkpoint import CheckpointError
     from parallel.deepspeed_backend import BackendUnavailable
 
-    return isinstance(error, (ConfigError, DataError, CheckpointError, BackendUnavailable))
+    return isinstance(error, (ConfigError, DataError, output.OutputError, CheckpointError, BackendUnavailable))
 
 
-def _fail(folder: RunFolder, rank: int, error: Exception) -> int:
+def _fail(folder: RunFolder, rank: int, error: Exception, request: stop.StopRequest) -> int:
     """One line for the person, the traceback in the run folder for the engineer.
 
     When one rank dies, all others lose a peer. They wait a moment, so that the launcher finds the one that died first
     and names it, and ends the rest, which then have nothing to add.
     """
+    request.hush()
     line = (str(error).strip().splitlines() or [""])[0]
     lost_peer = isinstance(error, RuntimeError) and any(word in line for word in ("onnection", "gloo", "NCCL"))
     place = ""
@@ -120,8 +182,8 @@ def _fail(folder: RunFolder, rank: int, error: Exception) -> int:
     except OSError:
         traceback.print_exception(error)
     if lost_peer:
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(FAILED))
-        time.sleep(LOST_PEER_SECONDS)
+        if request.wait_for(signal.SIGTERM, LOST_PEER_SECONDS):
+            return FAILED
         line = "lost a peer"
     else:
         line = f"{type(error).__name__}: {line}"

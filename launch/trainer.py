@@ -4,7 +4,6 @@ import argparse
 import json
 import resource
 import signal
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -15,14 +14,20 @@ import torch.distributed as dist
 
 from launch.config import Config, ConfigError
 from launch.data import DataError, bits_per_byte, open_dataset
-from launch.metrics import LiveView, MetricsLog, print_summary
-from launch.rank import StopRequest, together
+from launch.metrics import LiveView, MetricsLog, median, print_summary
+from launch.rank import together
 from launch.run_folder import RunFolder
+from launch.stop import StopRequest
+from launch.train import FAILED
 from parallel import checkpoint
 from parallel.checkpoint import CheckpointError, Progress
 from parallel.optimizer_config import learning_rate
 from parallel.stage import PADDING
 from parallel.worker import Job, StepResult, Worker
+
+
+class Diverged(ArithmeticError):
+    """The loss of a step or its gradient is not finite: every rank sees the same, and nobody takes the step."""
 
 
 class Trainer:
@@ -43,7 +48,8 @@ class Trainer:
         self.progress = Progress(step=0, sequences=0)
 
     def run(self) -> int:
-        """Train to ``train.steps``. Exit status 0, or 128 + N when signal N asked to stop."""
+        """Train to ``train.steps``. Exit status 0, 128 + N when signal N asked to stop, or 1, on all ranks alike, when
+        a loss or its gradient is not finite."""
         config = self.config
         torch.manual_seed(config.train.seed + self.rank)
         self.data = together(lambda: open_dataset(config), (DataError,))
@@ -52,6 +58,11 @@ class Trainer:
             self.worker = Worker(_job(config, self.device), self.rank)
             self._resume()
             stopped = self._train()
+        except Diverged as error:
+            if self.leads:
+                self.folder.events.write("diverged", step=self.progress.step + 1, error=str(error))
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            return FAILED
         finally:
             if lock is not None:
                 lock.close()
@@ -142,9 +153,10 @@ class Trainer:
         result = worker.train_step(tokens, rate, self.stop.signal is not None)
         seconds = time.perf_counter() - began
         if not result.finite:
-            raise FloatingPointError(
-                f"loss {result.loss} and gradient norm {result.grad_norm} at step {self.progress.step + 1}: "
-                f"the step was not taken"
+            raise Diverged(
+                f"loss {result.loss:.4f} and gradient norm {result.grad_norm:.4f} of step {self.progress.step + 1} "
+                "must be finite: the step was not taken; go on from the last checkpoint with another "
+                "optimizer.learning_rate"
             )
         self.progress = Progress(self.progress.step + 1, self.progress.sequences + train.global_batch_size)
         tokens_seen = train.global_batch_size * train.sequence_length
@@ -173,7 +185,7 @@ class Trainer:
         log.close()
         self.folder.events.write("stop" if stopped else "end", step=self.progress.step)
         if self.arguments.json:
-            print(json.dumps(_summary(entries, validation, self.folder.path, stopped)))
+            print(json.dumps(_summary(entries, validation, self.folder.path, stopped)), flush=True)
         elif stopped:
             self._say(
                 f"stopped after step {self.progress.step}, with a checkpoint of it; to go on, give the same command"
@@ -185,6 +197,7 @@ class Trainer:
                 run_dir=str(self.folder.path),
                 config_path=self.arguments.config,
                 overrides=self.arguments.overrides,
+                command=self.arguments.command,
             )
 
     def _say(self, text: str) -> None:
@@ -209,7 +222,8 @@ def _job(config: Config, device: torch.device) -> Job:
 
 def _entry(step: int, result: StepResult, rate: float, tokens: int, seconds: float) -> dict[str, Any]:
     """A line of ``metrics.jsonl``. Loads are by layer, the busiest expert over the mean; memory is rank 0's peak."""
-    memory = {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    memory = {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes}
     if torch.cuda.is_initialized():
         memory["device_bytes"] = torch.cuda.max_memory_allocated()
     return {
@@ -234,9 +248,9 @@ def _summary(entries: list[dict[str, Any]], validation: float | None, run: Path,
         "run_dir": str(run),
         "steps": entries[-1]["step"] if entries else 0,
         "stopped": stopped,
-        "loss_first": entries[0]["loss"] if entries else None,
-        "loss_last": entries[-1]["loss"] if entries else None,
+        "loss_first": entries[0].get("loss") if entries else None,
+        "loss_last": entries[-1].get("loss") if entries else None,
         "validation_bits_per_byte": validation,
-        "step_seconds": statistics.median(e["step_seconds"] for e in entries) if entries else None,
-        "tokens_per_second": statistics.median(e["tokens_per_second"] for e in entries) if entries else None,
+        "step_seconds": median(entries, "step_seconds"),
+        "tokens_per_second": median(entries, "tokens_per_second"),
     }

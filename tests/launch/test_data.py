@@ -263,9 +263,14 @@ def test_data_that_cannot_be_trained_on_is_refused(tmp_path: Path, name: str, co
 
 def test_a_source_that_names_no_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "only.md").write_text("not a document")
-    for source in (tmp_path / "absent.txt", tmp_path / "*.txt", tmp_path, "~nobody-of-this-name/x.txt", "nul\0.txt"):
+    os.mkfifo(tmp_path / "pipe")  # reading it would wait for a writer
+    absent = (tmp_path / "absent.txt", tmp_path / "*.txt", "~nobody-of-this-name/x.txt")
+    for source in (*absent, tmp_path, tmp_path / "pipe", "/dev/null", "nul\0.txt"):
         with pytest.raises(DataError, match=re.escape(f"data.source={str(source)!r}")):
             open_dataset(configured(source))
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(DataError, match="regular file"):
+        open_dataset(configured(tmp_path / "pipe.txt"))
 
 
 @pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="permissions do not bind this user")

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import resource
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from launch.metrics import EventLog, LiveView, MetricsLog, print_summary
+from launch.metrics import EventLog, LiveView, MetricsLog, median, print_summary
+from launch.whole_file import write_whole
 
 
 def steps_in(path: Path) -> list[int]:
@@ -50,6 +52,31 @@ def test_resuming_keeps_the_numbers_of_earlier_steps(tmp_path: Path) -> None:
     before = path.read_bytes()
     MetricsLog(path, resumed_step=1).close()
     assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "damage", ['{"loss": 3.5}', '{"step": "2"}', "[2]", "3", "null", "[" * 100_000, "\\", '{"step"']
+)
+def test_a_line_that_is_no_step_is_dropped_on_resuming(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + damage + '\n{"step": 2}\n')
+    with MetricsLog(path, resumed_step=2) as log:
+        assert [entry["step"] for entry in log.entries()] == [1, 2]
+    assert steps_in(path) == [1, 2]
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            write_whole(path, "x" * 100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -139,7 +166,8 @@ def entries(*losses: float | None) -> list[dict[str, object]]:
 
 def summary(lines: list[dict[str, object]], **changes: object) -> str:
     out = io.StringIO()
-    options = {"validation_bits_per_byte": 2.345, "run_dir": "runs/a b", "config_path": "configs/x.yaml", **changes}
+    options = {"validation_bits_per_byte": 2.345, "run_dir": "runs/a b", "config_path": "configs/x.yaml"}
+    options = {**options, "command": "bin/dualpipe train", **changes}
     print_summary(lines, console=Console(file=out, width=30), **options)
     return out.getvalue()
 
@@ -149,10 +177,13 @@ def test_the_summary_tells_what_came_of_it_and_what_to_run_next() -> None:
     assert "5.5000 at step 1, 1.2500 at step 5" in text
     assert "2.3450 bits per byte" in text
     assert "2.000 s (median)" in text and "2,048 tokens/s" in text
-    command = "dualpipe train configs/x.yaml layout.data=2 'run.dir=runs/a b' train.steps=10"
+    command = "bin/dualpipe train configs/x.yaml layout.data=2 'run.dir=runs/a b' train.steps=10"
     assert command in text.splitlines()[-1]
 
 
 def test_the_summary_of_a_run_without_numbers_still_says_where_it_is() -> None:
     assert "runs/a b" in summary([], validation_bits_per_byte=None)
     assert "not finite" in summary(entries(5.5, None))
+    assert "not finite at step 1" in summary([{"step": 1}], validation_bits_per_byte=None)
+    assert median([{"step": 1}, {"step": 2, "loss": 3}], "loss") == 3
+    assert median([{"step": 1}], "loss") is None

@@ -6,79 +6,12 @@ import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-CONFIG = """
-model: {vocab_size: 264, hidden_size: 32, num_hidden_layers: 2, first_k_dense_replace: 1, intermediate_size: 48,
-  moe_intermediate_size: 16, n_routed_experts: 4, num_experts_per_tok: 2, n_group: 2, topk_group: 1,
-  num_attention_heads: 2, q_lora_rank: 16, kv_lora_rank: 16, qk_nope_head_dim: 8, qk_rope_head_dim: 4, v_head_dim: 8,
-  initializer_range: 0.05}
-layout: {pipeline: 2, data: 2, expert: 2}
-train: {steps: 8, sequence_length: 16, global_batch_size: 8, device: cpu, timeout_seconds: 60}
-optimizer: {learning_rate: 1.0e-3, warmup_steps: 2}
-data: {source: DATA, validation_sequences: 5}
-checkpoint: {every: 2, keep: 2}
-run: {dir: RUN}
-"""
-
-
-@pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A configuration of four ranks over made-up text."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    words = random.Random(0).choices(["pipeline", "bubble", "expert", "stage", "token"], k=4000)
-    (tmp_path / "text.txt").write_text(" ".join(words))
-    file = tmp_path / "config.yaml"
-    file.write_text(CONFIG.replace("DATA", str(tmp_path / "text.txt")).replace("RUN", str(tmp_path / "run")))
-    return file
-
-
-def command(config: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "launch.cli", "train", str(config), *overrides]
-
-
-def train(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(config, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
-def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(config, *overrides), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def entries(run: Path) -> list[dict]:
-    try:
-        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    except (FileNotFoundError, json.JSONDecodeError):
-        return []
-
-
-def losses(run: Path) -> list[float]:
-    return [entry["loss"] for entry in entries(run)]
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.005)
-
-
-def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
-
-
-def assert_gone(processes: Sequence[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=10)
-    assert not alive, alive
+from tests.launch.runs import ROOT, assert_gone, command, descendants, entries, losses, start, train, wait_for
 
 
 def test_a_run_is_a_folder_and_two_of_them_are_the_same_bytes(config: Path, tmp_path: Path) -> None:
@@ -128,7 +61,7 @@ def test_an_ended_launcher_leaves_no_process(config: Path, tmp_path: Path, kille
         process.send_signal(signal.SIGINT)
         out, error = process.communicate(timeout=60)
         assert process.returncode == 130, error
-        assert "with a checkpoint of it" in out
+        assert "stopping after this step" in error and "with a checkpoint of it" in out
         assert "Traceback" not in out + error
         last = entries(tmp_path / "run")[-1]["step"]
         assert (tmp_path / "run" / "checkpoints" / f"step-{last:08d}" / ".metadata").exists()
@@ -148,6 +81,8 @@ def test_resuming_changes_what_may_change_and_records_it(config: Path, tmp_path:
         refused = train(config, "train.steps=6", override)
         assert refused.returncode == 2
         assert override.partition("=")[0] in refused.stderr and len(refused.stderr.splitlines()) == 1
+    renamed = train(config, "train.steps=6", f"data.source={(tmp_path / 'text.txt').rename(tmp_path / 'same.txt')}")
+    assert renamed.returncode == 0 and "changed since the last start: data.source" in renamed.stdout, renamed.stderr
     (tmp_path / "text.txt").write_text("other text " * 2000)
     other = train(config, "train.steps=6")
     assert other.returncode == 2 and "data.source" in other.stderr
@@ -170,7 +105,7 @@ def test_an_incomplete_checkpoint_is_skipped_and_alone_it_is_refused(config: Pat
 
 
 @pytest.mark.parametrize(
-    "override,words",
+    ("override", "words"),
     [
         ("model.hiden_size=64", ["model.hiden_size", "model.hidden_size"]),
         ("layout.pipeline=3", ["layout.pipeline=3", "even"]),
@@ -180,10 +115,16 @@ def test_an_incomplete_checkpoint_is_skipped_and_alone_it_is_refused(config: Pat
         ("data.source=nowhere/*.txt", ["data.source", "nowhere"]),
         ("train.steps=ten", ["train.steps='ten'", "integer"]),
         ("run.dir=/proc/none", ["run.dir=/proc/none"]),
+        ("train.global_batch_size=2000000000", ["micro-batches", "= 1000000000", "at most 65536"]),
+        (
+            "layout.data=999 layout.expert=1 train.global_batch_size=3996",
+            ["layout.data=999", "= 1998 ranks", "torchrun"],
+        ),
+        ("--nothing", ["--nothing"]),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(config: Path, tmp_path: Path, override: str, words: list[str]) -> None:
-    result = train(config, override)
+    result = train(config, *override.split())
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: ")
     for word in words:

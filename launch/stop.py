@@ -1,0 +1,102 @@
+"""Signals that ask a run to stop.
+
+A launcher that has started no rank yet ends at once (``Stopped``). A rank finishes its step first and writes a
+checkpoint (``StopRequest``). Its signals wake a thread of their own, through the descriptor that Python writes to the
+moment a signal arrives: the main thread may sit in a collective for as long as a peer takes, and whoever asks twice
+wants no answer after the timeout.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+
+ONE_REQUEST_SECONDS = 2.0
+"""One Ctrl-C reaches a rank twice, from the terminal and from the launcher: what follows within this time is the same
+request."""
+
+
+class Stopped(BaseException):
+    """Signal ``number`` ended the command before there was a rank. No Exception: nobody handles it on its way up."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def heeded() -> list[signal.Signals]:
+    """The signals that stop a run. ``nohup`` has SIGHUP ignored, and so it stays."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hangup]
+
+
+def end_at_once() -> None:
+    """Raise Stopped in the main thread on every signal that stops a run."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    for heard in heeded():
+        signal.signal(heard, handle)
+
+
+def say_not_begun() -> None:
+    print("stopped before the first step", file=sys.stderr, flush=True)
+
+
+class StopRequest:
+    """Whether a rank was asked to stop: ``signal`` is the number that asked, or None.
+
+    Until ``graceful`` is set there is no step to finish, and a signal ends the process at once, with status 128 + N.
+    Asked again, after ``ONE_REQUEST_SECONDS``, it ends at once too. The rank that ``leads`` says what happens. Signals
+    that the process was started with blocked are let in here.
+    """
+
+    def __init__(self, leads: bool) -> None:
+        self.signal: int | None = None
+        self.graceful = False
+        self._leads = leads
+        self._when = 0.0
+        arrivals, wakeup = os.pipe()
+        os.set_blocking(wakeup, False)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        heard = heeded()
+        for number in heard:
+            signal.signal(number, lambda number, frame: None)  # without a handler of Python's own, no wakeup
+        threading.Thread(target=self._watch, args=(arrivals, heard), daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*heard, signal.SIGQUIT})
+
+    def hush(self) -> None:
+        """Say nothing from here on, and end at no signal: the process is about to end for a reason of its own."""
+        self.graceful, self._leads = True, False
+
+    def wait_for(self, number: int, seconds: float) -> bool:
+        """Whether the rank was asked to stop by signal ``number``, by the end of so many seconds at the latest."""
+        deadline = time.monotonic() + seconds
+        while self.signal != number and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return self.signal == number
+
+    def _watch(self, arrivals: int, heard: list[signal.Signals]) -> None:
+        while True:
+            for number in os.read(arrivals, 64):
+                if number in heard:
+                    self._receive(number)
+
+    def _receive(self, number: int) -> None:
+        if not self.graceful:
+            if self._leads:
+                say_not_begun()
+            os._exit(128 + number)
+        if self.signal is None:
+            self.signal, self._when = number, time.monotonic()
+            self._say("stopping after this step; asked again, at once")
+        elif time.monotonic() - self._when > ONE_REQUEST_SECONDS:
+            self._say("stopped at once; to go on from the last checkpoint, give the same command")
+            os._exit(128 + number)
+
+    def _say(self, text: str) -> None:
+        if self._leads:
+            print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,120 @@
+"""What ends a run in the middle: one line that says so, nothing left behind, and a way to go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from launch.local import _scratch_folder
+from launch.train import invocation
+from tests.launch.runs import ONE_RANK, ROOT, assert_gone, command, descendants, entries, start, train, wait_for
+
+TWO_RANKS = ["layout.pipeline=1", "layout.data=2"]
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files of the commands that a test runs."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    return folder
+
+
+def test_a_loss_that_is_not_finite_is_one_line(config: Path, tmp_path: Path, temporary: Path) -> None:
+    failed = train(config, *TWO_RANKS, "optimizer.learning_rate=1e30", "optimizer.warmup_steps=0", "--json")
+    assert failed.returncode == 1 and failed.stdout == ""
+    (line,) = failed.stderr.splitlines()
+    assert line.startswith("error: loss ") and "step 2 must be finite" in line
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert (events[-1]["event"], events[-1]["step"]) == ("diverged", 2)
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("victim", ["fork server", "rank"])
+def test_a_process_that_is_killed_is_named_and_takes_all_with_it(config: Path, tmp_path: Path, victim: str) -> None:
+    process = start(config, *TWO_RANKS, "train.steps=100000")
+    wait_for(lambda: len(entries(tmp_path / "run")) >= 1)
+    everyone = descendants(process)
+    (server,) = [one for one in everyone if any(other.ppid() == one.pid for other in everyone)]
+    (server if victim == "fork server" else server.children()[0]).kill()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in error
+    line = error.splitlines()[-1]
+    assert ("started the ranks" if victim == "fork server" else "was ended by SIGKILL") in line
+    assert_gone(everyone)
+
+
+def test_a_run_survives_the_terminal_only_under_nohup(config: Path, tmp_path: Path) -> None:
+    for nohup, status in ((True, 143), (False, 129)):
+        process = subprocess.Popen(
+            command(config, *ONE_RANK, "train.steps=100000", "checkpoint.every=0"),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=lambda nohup=nohup: signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL),
+            start_new_session=True,
+        )
+        done = len(entries(tmp_path / "run"))
+        wait_for(lambda: len(entries(tmp_path / "run")) > done)  # noqa: B023, it is called at once
+        ranks = descendants(process)
+        os.killpg(process.pid, signal.SIGHUP)
+        if nohup:
+            done = len(entries(tmp_path / "run"))
+            wait_for(lambda: len(entries(tmp_path / "run")) > done + 1)  # noqa: B023, it is called at once
+            process.terminate()
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == status, out
+        assert "with a checkpoint of it" in out and "Traceback" not in out
+        assert_gone(ranks)
+
+
+def test_what_torchs_launcher_leaves_behind_goes_with_it() -> None:
+    before = tempfile.tempdir
+    with _scratch_folder() as scratch:
+        _, left = tempfile.mkstemp()
+        assert Path(left).parent == Path(scratch)
+    assert not Path(left).exists() and not Path(scratch).exists()
+    assert tempfile.tempdir == before
+
+
+def test_ctrl_c_before_there_is_a_rank_says_so_and_leaves_nothing(config: Path, temporary: Path) -> None:
+    process = start(config, *ONE_RANK)
+    wait_for(lambda: any("forkserver" in " ".join(one.cmdline()) for one in descendants(process)))
+    everyone = descendants(process)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert (process.returncode, out, error) == (130, "", "stopped before the first step\n")
+    assert_gone(everyone)
+    assert list(temporary.iterdir()) == []
+
+
+def test_training_goes_on_when_nobody_reads(config: Path, tmp_path: Path) -> None:
+    words = " ".join(command(config, *ONE_RANK, "train.steps=3"))
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", f"{words} | head -1"], cwd=ROOT, capture_output=True)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert len(entries(tmp_path / "run")) == 3
+
+
+def test_what_to_run_next_is_how_it_was_run(tmp_path: Path) -> None:
+    for name in ("bin", "else where"):
+        (tmp_path / name).mkdir()
+        script = tmp_path / name / "dualpipe"
+        script.write_text("")
+        script.chmod(0o755)
+    on_path = {"PATH": str(tmp_path / "bin")}
+    script = str(tmp_path / "bin" / "dualpipe")
+    assert invocation(script, on_path, tmp_path) == "dualpipe train"
+    assert invocation(script, {"PATH": "/usr/bin"}, tmp_path) == "bin/dualpipe train"
+    assert invocation(str(tmp_path / "else where" / "dualpipe"), on_path, tmp_path / "bin") == (
+        f"'{tmp_path / 'else where' / 'dualpipe'}' train"
+    )
+    assert invocation("/x/launch/cli.py", on_path, tmp_path) == f"{sys.executable} -m launch.cli train"
+    assert invocation("/x/launch/train.py", {"RANK": "0"}, tmp_path) == "torchrun ... -m launch.train"

@@ -1,0 +1,91 @@
+"""A folder that holds a run is gone on with only by the same run, and says by name what is wrong with it."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch.config import Config, ConfigError, from_dict
+from launch.run_folder import RunFolder
+from parallel import checkpoint
+
+PRINT = "0123456789abcdef"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    train = {"steps": 1, "sequence_length": 8, "global_batch_size": 4}
+    return from_dict({"train": train, "run": {"dir": str(tmp_path / "run")}})
+
+
+@pytest.fixture
+def folder(config: Config) -> RunFolder:
+    """A folder in which the run was started once."""
+    folder = RunFolder(config)
+    folder.open(config, PRINT).close()
+    return folder
+
+
+def refusal(folder: RunFolder, config: Config, fingerprint: str = PRINT) -> str:
+    with pytest.raises(ConfigError) as refused:
+        folder.changes(config, fingerprint)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("text", [b"a: [", b"a: 1", b"\xff", b"- 1", b"", b"train: {steps: 1}", b"[" * 5000])
+def test_a_damaged_configuration_is_named_by_its_path(folder: RunFolder, config: Config, text: bytes) -> None:
+    folder.config_file.write_bytes(text)
+    assert str(folder.config_file) in refusal(folder, config)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "null", "3", '"fingerprint"', "{}", '{"fingerprint": 3}', '{"fingerprint": null}', "[" * 100_000, "\0"],
+)
+def test_a_damaged_fingerprint_is_not_taken_for_other_text(folder: RunFolder, config: Config, text: str) -> None:
+    folder.data_file.write_text(text)
+    message = refusal(folder, config)
+    assert f"damaged {folder.data_file}" in message and "other text" not in message
+
+
+def test_text_is_known_by_its_fingerprint_and_not_by_its_name(folder: RunFolder, config: Config) -> None:
+    elsewhere = replace(config, data=replace(config.data, source="./elsewhere.txt"))
+    assert folder.changes(elsewhere, PRINT) == ["data.source: run has 'stdlib', given './elsewhere.txt'"]
+    assert "data.source='stdlib' holds other text" in refusal(folder, config, "f" * 16)
+
+
+def test_checkpoints_without_a_configuration_are_no_run(folder: RunFolder, config: Config) -> None:
+    folder.config_file.unlink()
+    assert folder.changes(config, PRINT) == []
+    (folder.checkpoints / "step-00000001").mkdir(parents=True)
+    assert "no config.yaml" in refusal(folder, config)
+
+
+def test_a_second_process_is_refused_while_the_first_trains(folder: RunFolder, config: Config) -> None:
+    with folder.open(config, PRINT), pytest.raises(ConfigError, match="in use"):
+        folder.open(config, PRINT)
+    folder.open(config, PRINT).close()
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"step": "2", "sequences": 8},
+        {"step": 2.0, "sequences": 8},
+        {"step": True, "sequences": 8},
+        {"step": -1, "sequences": 8},
+        {"step": 2, "sequences": None},
+        {"step": 2},
+        {"step": 2, "sequences": 8, "more": 1},
+        [2, 8],
+        None,
+    ],
+)
+def test_a_checkpoint_whose_state_is_no_count_is_damaged(tmp_path: Path, state: object) -> None:
+    (tmp_path / ".metadata").write_bytes(b"")
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    what = checkpoint.missing(tmp_path)
+    assert what is not None and re.match(r"state\.json is damaged", what)
