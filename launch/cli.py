@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from launch import output
+
 COMMANDS = {
     "train": "train a model, or go on with a run",
     "simulate": "how long a pipeline schedule takes, and what waits for what",
@@ -26,6 +28,7 @@ USAGE = """usage: dualpipe COMMAND ...
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: the command's; 2 for a command that there is not."""
+    output.prepare()
     words = list(sys.argv[1:] if argv is None else argv)
     usage = USAGE.format(commands="\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items()))
     if words[:1] in (["--help"], ["-h"]):
@@ -38,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = import_module(f"launch.{MODULES.get(words[0], words[0])}").main(words[1:])
     except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
         return 130
     return status
 

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dualpipe import schedules
+from dualpipe.load import check_training
+from dualpipe.load import load as load_program
+from dualpipe.program import Program
 from launch.config_file import ConfigError, apply, build, read, show
 from launch.yaml_strict import dump_yaml
 from model.config import ModelConfig
@@ -41,6 +44,16 @@ WEEK_SECONDS = 7 * 24 * 3600.0
 class ScheduleConfig:
     name: str = "dualpipe"
     """Order of the pipeline's work; see dualpipe/schedules."""
+    chunks: int | None = None
+    """Stages of a rank, where the schedule leaves them open (interleaved); null takes the schedule's own number."""
+    program: str | None = None
+    """File with a program to run instead, as ``dualpipe simulate --text`` prints it; see dualpipe/program.py."""
+
+
+@dataclass(frozen=True)
+class DispatchConfig:
+    kind: Literal["flat", "hierarchical"] = "flat"
+    """How a token reaches its experts: once to each of their ranks, or once to each of their nodes and on from it."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +138,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     layout: Layout = field(default_factory=Layout)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     train: TrainConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -134,6 +148,10 @@ class Config:
 
     def __post_init__(self) -> None:
         _cross_check(self)
+
+    def program(self) -> Program | None:
+        """The program of ``schedule.program``, lowered and proven. Raises ProgramError."""
+        return None if self.schedule.program is None else load_program(self.schedule.program)
 
     @property
     def microbatches(self) -> int:
@@ -214,8 +232,9 @@ def _cross_check(config: Config) -> None:
             f"layout.expert={layout.expert} must divide model.n_routed_experts ({model.n_routed_experts})"
         )
     try:
-        schedules.check(config.schedule.name, layout.pipeline, config.microbatches)
-        stages = schedules.stages(config.schedule.name, layout.pipeline)
+        stages = _stages(config)
+        if config.dispatch.kind == "hierarchical" and layout.ranks_per_node:
+            layout.check_nodes()
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if config.microbatches > MICROBATCHES_LIMIT:
@@ -228,6 +247,17 @@ def _cross_check(config: Config) -> None:
             f"model.num_hidden_layers={model.num_hidden_layers} must be at least the number of stages ({stages}), "
             f"so that each of them has a layer"
         )
+
+
+def _stages(config: Config) -> int:
+    """The stages that the schedule cuts the model into. Raises ValueError for sizes that it refuses."""
+    schedule, ranks = config.schedule, config.layout.pipeline
+    program = config.program()
+    if program is not None:
+        check_training(program, ranks, config.microbatches)
+        return program.stages
+    schedules.check(schedule.name, ranks, config.microbatches, schedule.chunks)
+    return schedules.stages(schedule.name, ranks, schedule.chunks)
 
 
 def _check(holds: bool, key: str, value: object, rule: str) -> None:

@@ -115,8 +115,17 @@ def _costs(args: argparse.Namespace) -> Costs:
 def _program(args: argparse.Namespace) -> Program:
     if args.program is not None:
         return load_program(args.program)
+    chunks = args.chunks
+    if args.config is not None and args.schedule is None:
+        from launch.config import load
+
+        config = load(args.config)
+        given = any(value is not None for value in (args.ranks, args.microbatches, chunks))
+        if not given and (program := config.program()) is not None:
+            return program
+        chunks = config.schedule.chunks if chunks is None else chunks
     name, ranks, microbatches = _sizes(args)
-    return _generate(name, ranks, microbatches, args.chunks)
+    return _generate(name, ranks, microbatches, chunks)
 
 
 def _generate(name: str, ranks: int, microbatches: int, chunks: int | None = None) -> Program:

@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         description="Train a model through a pipeline schedule, or go on with the run in run.dir.",
         epilog="example: dualpipe train configs/tiny-cpu.yaml train.steps=20 run.dir=runs/short",
     )
-    command.add_argument("config", metavar="CONFIG", help="YAML file with the configuration")
+    command.add_argument("config", metavar="CONFIG", help="YAML file with the configuration, or the folder of a run")
     command.add_argument(
         "overrides", metavar="key=value", nargs="*", default=[], help="values that replace those of the file"
     )
@@ -81,11 +81,19 @@ def _from(folder: Path, path: Path) -> str:
     return shlex.quote(str(path.relative_to(folder) if below else path))
 
 
+def configuration(arguments: argparse.Namespace) -> Config:
+    """From CONFIG and the overrides; a run's folder stands for the configuration that the run was started with."""
+    path, overrides = Path(arguments.config), arguments.overrides
+    if path.is_dir():
+        return load(path / "config.yaml", [f"run.dir={path}", *overrides])
+    return load(path, overrides)
+
+
 def as_launcher(arguments: argparse.Namespace) -> int:
     """Refuse what can be refused before any rank exists, then start all ranks on this machine."""
     try:
         stop.end_at_once()
-        config = load(arguments.config, arguments.overrides)
+        config = configuration(arguments)
         _check_room(config)
         RunFolder(config).changes(config, open_dataset(config).fingerprint)
         from launch.local import start
@@ -111,7 +119,7 @@ def _check_room(config: Config) -> None:
 def as_rank(arguments: argparse.Namespace, config: Config | None = None) -> int:
     """One rank's whole life, as torchrun or ``local.py`` started it, which has read the configuration already."""
     try:
-        return _run(config or load(arguments.config, arguments.overrides), arguments)
+        return _run(config or configuration(arguments), arguments)
     except Exception as error:
         if not is_users(error):
             raise
@@ -137,7 +145,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> int:
         prepare(config, here, device)
         from launch.trainer import Trainer
 
-        status = Trainer(config, here.rank, device, folder, arguments, request).run()
+        status = Trainer(config, here, device, folder, arguments, request).run()
         leave()
         return status
     except Exception as error:

@@ -6,6 +6,7 @@ import resource
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from launch.config import Config, ConfigError
 from launch.data import DataError, bits_per_byte, open_dataset
 from launch.metrics import LiveView, MetricsLog, median, print_summary
-from launch.rank import together
+from launch.rank import Place, together
 from launch.run_folder import RunFolder
 from launch.stop import StopRequest
 from launch.train import FAILED
@@ -36,15 +37,15 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        rank: int,
+        here: Place,
         device: torch.device,
         folder: RunFolder,
         arguments: argparse.Namespace,
         stop: StopRequest,
     ) -> None:
-        self.config, self.rank, self.device, self.folder = config, rank, device, folder
+        self.config, self.here, self.rank, self.device, self.folder = config, here, here.rank, device, folder
         self.arguments, self.stop = arguments, stop
-        self.leads = rank == 0
+        self.leads = self.rank == 0
         self.progress = Progress(step=0, sequences=0)
 
     def run(self) -> int:
@@ -55,7 +56,7 @@ class Trainer:
         self.data = together(lambda: open_dataset(config), (DataError,))
         lock = together(self._open_folder, (ConfigError,))
         try:
-            self.worker = Worker(_job(config, self.device), self.rank)
+            self.worker = Worker(_job(config, self.device, self.here), self.rank)
             self._resume()
             stopped = self._train()
         except Diverged as error:
@@ -204,11 +205,19 @@ class Trainer:
         print(text, file=sys.stderr if self.arguments.json else sys.stdout, flush=True)
 
 
-def _job(config: Config, device: torch.device) -> Job:
-    train = config.train
+def _job(config: Config, device: torch.device, here: Place) -> Job:
+    """Raises ConfigError when dispatch cannot go by the nodes that there are."""
+    train, layout = config.train, config.layout
+    if not layout.ranks_per_node:
+        layout = replace(layout, ranks_per_node=here.local_world_size)
+    try:
+        if config.dispatch.kind == "hierarchical":
+            layout.check_nodes()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     return Job(
         model=config.model,
-        layout=config.layout,
+        layout=layout,
         schedule=config.schedule.name,
         dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.compute],
         device=device,
@@ -217,6 +226,9 @@ def _job(config: Config, device: torch.device) -> Job:
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
         optimizer=config.optimizer,
+        dispatch=config.dispatch.kind,
+        chunks=config.schedule.chunks,
+        program=config.program(),
     )
 
 

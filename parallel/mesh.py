@@ -22,19 +22,21 @@ class Layout:
     expert: int = 1
     """Ways in which the routed experts of a layer are split over data-parallel ranks."""
 
-    ranks_per_node: int = 8
-    """Ranks of a machine; torchrun's --nproc-per-node. Dispatch counts on it where it is hierarchical."""
+    ranks_per_node: int = 0
+    """Ranks of a machine, which hierarchical dispatch goes by; 0 takes as many as the launcher starts on each."""
 
     def __post_init__(self) -> None:
-        for key in ("pipeline", "data", "expert", "ranks_per_node"):
+        for key in ("pipeline", "data", "expert"):
             if getattr(self, key) < 1:
                 raise ValueError(f"layout.{key}={getattr(self, key)} must be at least 1")
+        if self.ranks_per_node < 0:
+            raise ValueError(f"layout.ranks_per_node={self.ranks_per_node} must not be negative")
         if self.data % self.expert:
             raise ValueError(f"layout.expert={self.expert} must divide layout.data ({self.data})")
 
     def check_nodes(self) -> None:
         """Raises ValueError unless expert groups hold whole nodes, or nodes whole expert groups, which hierarchical
-        dispatch needs."""
+        dispatch needs; ``ranks_per_node`` is known."""
         larger, smaller = max(self.expert, self.ranks_per_node), min(self.expert, self.ranks_per_node)
         if larger % smaller:
             raise ValueError(

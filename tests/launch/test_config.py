@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dualpipe.program import dump as dump_program
+from dualpipe.schedules import generate
 from launch.config import Config, ConfigError, check_world_size, dump, from_dict, load, resume_differences, to_dict
 from parallel.optimizer_config import OptimizerConfig, learning_rate
 
@@ -301,3 +303,47 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
     config = loads(tmp_path, MINIMAL)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.train.steps = 3
+
+
+def program_file(folder: Path, name: str, ranks: int, microbatches: int) -> str:
+    file = folder / "step.txt"
+    file.write_text(dump_program(generate(name, ranks, microbatches)))
+    return f"schedule.program={file}"
+
+
+def test_a_program_in_a_file_takes_the_place_of_the_named_schedule(tmp_path: Path) -> None:
+    config = loads(tmp_path, MINIMAL, program_file(tmp_path, "zbv", 2, 4), "layout.pipeline=2")
+    program = config.program()
+    assert program is not None and program.schedule == "zbv"
+    assert loads(tmp_path, MINIMAL).program() is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["layout.pipeline=4"], ["layout.pipeline=4", "must be 2", "zbv"]),
+        (["train.global_batch_size=6"], ["micro-batches", "= 6", "must be 4"]),
+        (["model.num_hidden_layers=3"], ["model.num_hidden_layers=3", "stages (4)"]),
+        (["schedule.program=nowhere.txt"], ["nowhere.txt", "No such file"]),
+    ],
+)
+def test_a_program_that_does_not_fit_is_refused(tmp_path: Path, overrides: list[str], words: list[str]) -> None:
+    given = [program_file(tmp_path, "zbv", 2, 4), "layout.pipeline=2", *overrides]
+    message = refusal(tmp_path, MINIMAL, *given)
+    assert all(word in message for word in words), message
+
+
+def test_chunks_reach_the_schedule(tmp_path: Path) -> None:
+    sized = ["layout.pipeline=2", "schedule.name=interleaved"]
+    assert "stages (32)" in refusal(tmp_path, MINIMAL, *sized, "schedule.chunks=16", "model.num_hidden_layers=31")
+    assert loads(tmp_path, MINIMAL, *sized, "schedule.chunks=16", "model.num_hidden_layers=32").schedule.chunks == 16
+    assert "chunks" in refusal(tmp_path, MINIMAL, "schedule.chunks=2")
+
+
+def test_hierarchical_dispatch_needs_whole_nodes(tmp_path: Path) -> None:
+    sized = ["layout.data=4", "layout.expert=4", "dispatch.kind=hierarchical"]
+    assert "layout.ranks_per_node=3 must divide layout.expert (4)" in refusal(
+        tmp_path, MINIMAL, *sized, "layout.ranks_per_node=3"
+    )
+    for ranks in (0, 1, 2, 4, 8):  # 0 is for the launcher to say
+        assert loads(tmp_path, MINIMAL, *sized, f"layout.ranks_per_node={ranks}").layout.ranks_per_node == ranks

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dualpipe.lower import lower
+from dualpipe.program import dump
+from dualpipe.schedules import generate
 from tests.launch.runs import ROOT, assert_gone, command, descendants, entries, losses, start, train, wait_for
 
 
@@ -185,3 +188,30 @@ def test_a_copy_of_a_checkpoint_that_the_user_made_stays(config: Path, tmp_path:
     (checkpoints / "step-00000002").rename(checkpoints / "step-00000002.best")
     assert train(config, "train.steps=8").returncode == 0
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step-00000002.best", "step-00000006", "step-00000008"]
+
+
+def test_a_run_goes_on_from_its_folder_under_another_schedule_from_a_file(config: Path, tmp_path: Path) -> None:
+    """Steps by the name of the schedule, then by the text of another one, with dispatch over pretended nodes."""
+    run, file = tmp_path / "run", tmp_path / "step.txt"
+    assert train(config, f"run.dir={run}", "train.steps=2").returncode == 0
+    file.write_text(dump(lower(generate("zb1p", 2, 4))))
+    changed = [f"schedule.program={file}", "dispatch.kind=hierarchical", "layout.ranks_per_node=1"]
+    second = train(run, *changed, "train.steps=4")
+    assert second.returncode == 0, second.stderr
+    assert [entry["step"] for entry in entries(run)] == [1, 2, 3, 4]
+    assert all(f"changed since the last start: {key.split('=')[0]}: run has" in second.stdout for key in changed)
+
+    whole = tmp_path / "whole"
+    assert train(config, f"run.dir={whole}", "train.steps=4").returncode == 0
+    # Another order of the same sums.
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-3)
+
+
+def test_nodes_that_no_expert_group_fills_are_refused_by_every_rank(config: Path) -> None:
+    sized = ["layout.data=3", "layout.expert=3", "model.n_routed_experts=6", "model.n_group=1", "model.topk_group=1"]
+    result = train(
+        config, *sized, "train.global_batch_size=12", "dispatch.kind=hierarchical", "layout.ranks_per_node=2"
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("error:") == 1
+    assert "layout.ranks_per_node=2 must divide layout.expert (3)" in result.stderr
