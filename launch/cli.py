@@ -9,7 +9,10 @@ from launch import output
 
 COMMANDS = {
     "train": "train a model, or go on with a run",
+    "hosts": "run a command on a cluster made of this machine",
     "simulate": "how long a pipeline schedule takes, and what waits for what",
+    "plan": "what a run costs on a described cluster, before it is paid for",
+    "checkpoint": "check the checkpoints of a run",
     "import": "make a run out of a Hugging Face model",
     "export": "write a run's weights as a Hugging Face model",
     "evaluate": "score a text with a model",

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from model.huggingface import Published
-from parallel import checkpoint
+from parallel import checkpoint, manifest
 from parallel.checkpoint import CheckpointError, Progress
 
 _MOMENTS = ("first_moment", "second_moment")
@@ -38,10 +38,10 @@ def newest(checkpoints: Path) -> Path:
     """The newest complete checkpoint in a run's folder of them. Raises CheckpointError when there is none."""
     lacking = "it holds no checkpoint"
     for path in reversed(checkpoint.published(checkpoints)):
-        what = checkpoint.missing(path)
+        what = checkpoint.damage(path)
         if what is None:
             return path
-        lacking = f"{path.name} is incomplete: {what}"
+        lacking = f"{path.name} {what}"
     raise CheckpointError(f"{checkpoints} has no complete checkpoint: {lacking}")
 
 
@@ -180,10 +180,10 @@ class RunWeightsWriter:
                 index = MetadataIndex(chunk.key, torch.Size([chunk.offset]))
                 storage[index] = _StorageInfo(self._name(number), chunk.start, chunk.length)
         _write_flushed(self.path / ".metadata", pickle.dumps(Metadata(dict(tensors), storage_data=storage)))
-        progress = json.dumps(asdict(Progress(step=0, sequences=0)))
-        _write_flushed(self.path / "state.json", f"{progress}\n".encode())
         for number in range(files):
             self._index_file(number).unlink()
+        names = (self._name(number) for number in placed)
+        checkpoint.seal(self.path, Progress(step=0, sequences=0), manifest.describe(self.path, names))
 
     def _write_moments(self, number: int, sizes: dict[str, int]) -> list[_Chunk]:
         """Zeros for every master; adds their sizes to ``sizes``."""

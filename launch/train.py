@@ -14,6 +14,7 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -123,8 +124,12 @@ def as_rank(arguments: argparse.Namespace, config: Config | None = None) -> int:
     except Exception as error:
         if not is_users(error):
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks of a node refuse alike: one says so
+        # All ranks of a node refuse alike: one says so. The others must not be gone before, because the launcher ends
+        # all when it sees one end.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             _refuse(error)
+        else:
+            time.sleep(LOST_PEER_SECONDS)
         return USER_ERROR
 
 

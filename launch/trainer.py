@@ -19,9 +19,10 @@ from launch.metrics import LiveView, MetricsLog, median, print_summary
 from launch.rank import Place, together
 from launch.run_folder import RunFolder
 from launch.stop import StopRequest
+from launch.trace import Recorder
 from launch.train import FAILED
 from parallel import checkpoint
-from parallel.checkpoint import CheckpointError, Progress
+from parallel.checkpoint import CheckpointError, DamagedCheckpointError, Progress
 from parallel.optimizer_config import learning_rate
 from parallel.stage import PADDING
 from parallel.worker import Job, StepResult, Worker
@@ -57,6 +58,7 @@ class Trainer:
         lock = together(self._open_folder, (ConfigError,))
         try:
             self.worker = Worker(_job(config, self.device, self.here), self.rank)
+            self.recorder = Recorder(self.worker.program, config.layout, self.rank) if config.run.trace else None
             self._resume()
             stopped = self._train()
         except Diverged as error:
@@ -81,33 +83,30 @@ class Trainer:
         return lock
 
     def _resume(self) -> None:
-        """Go on from the newest complete checkpoint, if there is one."""
-        found = together(self._newest, (CheckpointError,))
-        box = [found]
-        dist.broadcast_object_list(box)
-        if box[0] is None:
-            return
-        self.progress = checkpoint.load(box[0], self.worker)
-        if self.leads:
-            self.folder.events.write("resume", step=self.progress.step, checkpoint=str(box[0]))
-            self._say(f"resuming from {box[0]}, after step {self.progress.step}")
-            if self.progress.step >= self.config.train.steps:
-                self._say(f"nothing to train: train.steps={self.config.train.steps} are done")
+        """Go on from the newest checkpoint that is whole, if there is any.
 
-    def _newest(self) -> Path | None:
-        if not self.leads:
-            return None
-        there = checkpoint.published(self.folder.checkpoints)
-        lacking = ""
-        for path in reversed(there):
-            what = checkpoint.missing(path)
-            if what is None:
-                return path
-            lacking = f"checkpoint {path} is incomplete: {what}"
-            self._say(f"skipping {lacking[len('checkpoint ') :]}")
-        if there:
-            raise CheckpointError(f"{lacking}; no other is complete, so run.dir={self.folder.path} cannot go on")
-        return None
+        Raises CheckpointError on every rank when there are some and none of them is whole.
+        """
+        box = [checkpoint.published(self.folder.checkpoints) if self.leads else []]
+        dist.broadcast_object_list(box)
+        lacking: CheckpointError | None = None
+        for path in reversed(box[0]):
+            try:
+                self.progress = checkpoint.load(path, self.worker)
+            except DamagedCheckpointError as error:
+                lacking = error
+                if self.leads:
+                    self._say(f"skipping {error}")
+                    self.folder.events.write("skipped a checkpoint", checkpoint=str(path), reason=str(error))
+                continue
+            if self.leads:
+                self.folder.events.write("resume", step=self.progress.step, checkpoint=str(path))
+                self._say(f"resuming from {path}, after step {self.progress.step}")
+                if self.progress.step >= self.config.train.steps:
+                    self._say(f"nothing to train: train.steps={self.config.train.steps} are done")
+            return
+        if lacking is not None:
+            raise CheckpointError(f"{lacking}; no other is whole, so run.dir={self.folder.path} cannot go on")
 
     def _train(self) -> int:
         """The loop; returns the signal that ended it early, or 0."""
@@ -151,7 +150,8 @@ class Trainer:
         if worker.needs_data:
             first, count = worker.rows(train.global_batch_size)
             tokens = torch.from_numpy(self.data.visits(self.progress.sequences + first, count))
-        result = worker.train_step(tokens, rate, self.stop.signal is not None)
+        record = self.recorder is not None
+        result = worker.train_step(tokens, rate, self.stop.signal is not None, record)
         seconds = time.perf_counter() - began
         if not result.finite:
             raise Diverged(
@@ -160,6 +160,8 @@ class Trainer:
                 "optimizer.learning_rate"
             )
         self.progress = Progress(self.progress.step + 1, self.progress.sequences + train.global_batch_size)
+        if self.recorder is not None:
+            self.recorder.add(self.progress.step, result.spans)
         tokens_seen = train.global_batch_size * train.sequence_length
         return _entry(self.progress.step, result, rate, tokens_seen, seconds), result.stop
 
@@ -179,6 +181,8 @@ class Trainer:
         path = checkpoint.save(self.folder.checkpoints, self.worker, self.progress, self.config.checkpoint.keep)
         if self.leads:
             self.folder.events.write("checkpoint", step=self.progress.step, path=str(path))
+        if self.recorder is not None:
+            self.recorder.write(self.folder.path)
         return self.progress.step
 
     def _finish(self, log: MetricsLog, validation: float | None, stopped: bool) -> None:

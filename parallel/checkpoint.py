@@ -5,13 +5,15 @@ rank contributes the ranges that its shards hold; nothing in the folder depends 
 and their index are torch's distributed checkpoint; beside them ``state.json`` has the step and the data position.
 
 A save goes into ``.NAME.partial``, is flushed to disk and then renamed, so that whatever is called ``step-...`` was
-complete at that moment.
+complete at that moment. A manifest has the checksum of every file: what a disk does to one later is seen before it is
+loaded.
 """
 
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,14 +44,21 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from model.transformer import Transformer
+from parallel import manifest
+from parallel.manifest import MANIFEST, Entry
 from parallel.worker import Worker
 
 _PREFIX = "step-"
 _STATE = "state.json"
+_INDEX = ".metadata"
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written or read; one line that says which, and why."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is not what was written; nothing of it was loaded."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +166,8 @@ def save(folder: Path, worker: Worker, progress: Progress, keep: int) -> Path:
         _on_leader(begin, leads)
         planner = _SavePlanner(pieces(worker, torch.get_rng_state(), loading=False))
         save_distributed({}, checkpoint_id=partial, planner=planner, no_dist=not dist.is_initialized())
-        _on_leader(lambda: _publish(partial, final, progress), leads)
+        entries = _describe_own(partial, worker.rank)
+        _on_leader(lambda: _publish(partial, final, progress, entries), leads)
     except (CheckpointException, OSError) as error:
         if leads:
             shutil.rmtree(partial, ignore_errors=True)
@@ -174,8 +184,11 @@ def save(folder: Path, worker: Worker, progress: Progress, keep: int) -> Path:
 def load(path: Path, worker: Worker) -> Progress:
     """Restore a rank's state from a checkpoint of the same model, whatever the layout that wrote it. Collective.
 
-    Raises CheckpointError when it cannot be read or is of another model.
+    Raises CheckpointError on every rank when it cannot be read or is of another model, and DamagedCheckpointError,
+    before anything is loaded, when it is not what was written.
     """
+    if (what := damage(path)) is not None:
+        raise DamagedCheckpointError(f"checkpoint {path} {what}")
     rng = torch.get_rng_state()
     planner = _LoadPlanner(pieces(worker, rng, loading=True))
     try:
@@ -191,6 +204,39 @@ def load(path: Path, worker: Worker) -> Progress:
             bucket.publish()
             bucket.gather()
     return progress
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint ("is incomplete: ..." or "is damaged: ..."), or None when it is whole, to the
+    last bit. Collective: every rank reads a share of the files, and all get the same answer."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    lacks = missing(path) if rank == 0 else None
+    broken = manifest.problem(path, rank, ranks) if lacks is None else None
+    own = f"is incomplete: {lacks}" if lacks else f"is damaged: {broken}" if broken else None
+    if ranks == 1:
+        return own
+    found: list[str | None] = [None] * ranks
+    dist.all_gather_object(found, own)
+    return next((what for what in found if what is not None), None)
+
+
+def _describe_own(partial: Path, rank: int) -> dict[str, Entry]:
+    """The manifest's entries of what all ranks wrote, each read by who wrote it. An OSError is raised on every rank."""
+    own: dict[str, Entry] | OSError
+    try:
+        own = manifest.describe(partial, (file.name for file in partial.glob(f"__{rank}_*")))
+    except OSError as error:
+        own = error
+    found: list[dict[str, Entry] | OSError] = [own]
+    if dist.is_initialized():
+        found = found * dist.get_world_size()
+        dist.all_gather_object(found, own)
+    entries: dict[str, Entry] = {}
+    for part in found:
+        if isinstance(part, OSError):
+            raise part
+        entries |= part
+    return entries
 
 
 def _refuse_strangers(path: Path, worker: Worker) -> None:
@@ -210,7 +256,7 @@ def published(folder: Path) -> list[Path]:
 
 def missing(path: Path) -> str | None:
     """What a checkpoint lacks to be complete (a file, or a part of one), or None."""
-    for name in (_STATE, ".metadata"):
+    for name in (_STATE, _INDEX, MANIFEST):
         if not (path / name).is_file():
             return f"{name} is missing"
     try:
@@ -220,11 +266,15 @@ def missing(path: Path) -> str | None:
     except (ValueError, TypeError) as error:
         return f"{_STATE} is damaged ({error})"
     try:
+        manifest.read(path)
+    except ValueError as error:
+        return str(error)
+    try:
         needed: dict[str, int] = {}
         for place in (FileSystemReader(path).read_metadata().storage_data or {}).values():
             needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
     except Exception as error:  # whatever unpickling other bytes may raise
-        return f".metadata is damaged ({' '.join(str(error).split())})"
+        return f"{_INDEX} is damaged ({' '.join(str(error).split())})"
     for name, size in needed.items():
         file = path / name
         if not file.is_file():
@@ -234,16 +284,32 @@ def missing(path: Path) -> str | None:
     return None
 
 
-def _publish(partial: Path, final: Path, progress: Progress) -> None:
-    (partial / _STATE).write_text(json.dumps(asdict(progress)) + "\n")
-    for file in (partial / _STATE, partial):
+def seal(folder: Path, progress: Progress, entries: Mapping[str, Entry]) -> None:
+    """Put the progress and the manifest, of which ``entries`` are the payload's, beside the payload, and all of it on
+    disk."""
+    (folder / _STATE).write_text(json.dumps(asdict(progress)) + "\n")
+    manifest.write(folder, {**entries, **manifest.describe(folder, (_STATE, _INDEX))})
+    for file in (folder / _STATE, folder / MANIFEST, folder):
         _fsync(file)
-    replaced = partial.with_suffix(".replaced")
+
+
+def _publish(partial: Path, final: Path, progress: Progress, entries: Mapping[str, Entry]) -> None:
+    seal(partial, progress, entries)
+    replaced = None
     if final.exists():  # the same step, written by a run that was resumed from before it
+        damaged = manifest.problem(final) is not None
+        replaced = _unused(final.with_suffix(".damaged")) if damaged else partial.with_suffix(".replaced")
         os.rename(final, replaced)
     os.rename(partial, final)
     _fsync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if replaced is not None and not damaged:  # a damaged one stays: it is evidence
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _unused(path: Path) -> Path:
+    """The path, or with the first number that makes it new."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+    return next(candidate for candidate in (path, *itertools.islice(numbered, 1000)) if not candidate.exists())
 
 
 def _fsync(path: Path) -> None:

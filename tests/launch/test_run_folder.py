@@ -85,7 +85,8 @@ def test_a_second_process_is_refused_while_the_first_trains(folder: RunFolder, c
     ],
 )
 def test_a_checkpoint_whose_state_is_no_count_is_damaged(tmp_path: Path, state: object) -> None:
-    (tmp_path / ".metadata").write_bytes(b"")
+    for name in (".metadata", "manifest.json"):
+        (tmp_path / name).write_bytes(b"")
     (tmp_path / "state.json").write_text(json.dumps(state))
     what = checkpoint.missing(tmp_path)
     assert what is not None and re.match(r"state\.json is damaged", what)

@@ -99,6 +99,24 @@ def test_an_incomplete_checkpoint_is_skipped_and_alone_it_is_refused(config: Pat
     resumed = train(config, "train.steps=5", "checkpoint.keep=5")
     assert resumed.returncode == 0, resumed.stderr
     assert "step-00000004 is incomplete" in resumed.stdout and "after step 2" in resumed.stdout
+    assert resumed.stdout.count("skipping") == 1  # one rank speaks for all
+
+    payload = next(max((tmp_path / "run" / "checkpoints").glob("step-????????")).glob("*.distcp"))
+    data = bytearray(payload.read_bytes())
+    data[len(data) // 2] ^= 1
+    payload.write_bytes(data)
+    checked = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "checkpoint", "verify", tmp_path / "run", "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    problems = {Path(entry["checkpoint"]).name: entry["problem"] for entry in json.loads(checked.stdout)}
+    assert checked.returncode == 1 and problems["step-00000002"] is None
+    assert problems["step-00000005"].startswith(f"is damaged: {payload.name} is not what was written")
+    resumed = train(config, "train.steps=5", "checkpoint.keep=5")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "step-00000005 is damaged" in resumed.stdout and "after step 4" in resumed.stdout
     for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
         (checkpoint / ".metadata").unlink()
     refused = train(config, "train.steps=6")
