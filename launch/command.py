@@ -13,6 +13,7 @@ from launch import output
 from launch.aside import TargetError
 from launch.config import ConfigError
 from launch.data_source import DataError
+from launch.tokenizer import TokenizerError
 from model.huggingface import HuggingFaceError
 from parallel.checkpoint import CheckpointError
 
@@ -28,7 +29,16 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-_USERS = (UsageError, TargetError, ConfigError, DataError, HuggingFaceError, CheckpointError, output.OutputError)
+_USERS = (
+    UsageError,
+    TargetError,
+    ConfigError,
+    DataError,
+    TokenizerError,
+    HuggingFaceError,
+    CheckpointError,
+    output.OutputError,
+)
 
 
 def reported(command: Callable[[], None]) -> int:

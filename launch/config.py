@@ -97,6 +97,8 @@ class TrainConfig:
 class DataConfig:
     source: str = "stdlib"
     """``stdlib`` (the running Python's own library), or a file, folder or glob of .txt and .jsonl files."""
+    tokenizer: str = "bytes"
+    """``bytes``, or a Hugging Face folder with a tokenizer.json, and a config.json that has its eos_token_id."""
     validation_fraction: float = 0.05
     """Share of the documents that is kept out of training."""
     validation_sequences: int = 64
@@ -104,6 +106,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check(self.source.strip() != "", "data.source", self.source, "must be 'stdlib', a path or a glob")
+        _check(self.tokenizer.strip() != "", "data.tokenizer", self.tokenizer, "must be 'bytes' or a folder")
         inside = 0 < self.validation_fraction < 1
         _check(inside, "data.validation_fraction", self.validation_fraction, "must be above 0 and below 1")
         _check_count("data.validation_sequences", self.validation_sequences)
@@ -125,6 +128,8 @@ class CheckpointConfig:
 class RunConfig:
     dir: str
     """The run's folder; training goes on from its newest complete checkpoint when it already holds a run."""
+    trace: bool = False
+    """Record what every rank executes and when; the last steps before each checkpoint are in trace.json."""
 
     def __post_init__(self) -> None:
         whole = self.dir.strip() != "" and not re.search(r"[\x00-\x1f\x7f-\x9f]", self.dir)

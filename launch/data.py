@@ -1,6 +1,7 @@
 """Text as tokens, and a stream of batches that can be entered at any step.
 
-Tokenisation is by byte: token 0..255 is the byte of that value, and 256 (``END_OF_DOCUMENT``) follows every document.
+Tokenisation is by byte (token 0..255 is the byte of that value, and 256, ``END_OF_DOCUMENT``, follows every document),
+or by a published tokenizer, whose own end follows every document then.
 The tokens of the training split stand in one row; sequence i is the window of ``sequence_length + 1`` tokens that
 begins at ``i * sequence_length`` (inputs are all but its last token, targets all but its first). An epoch visits every
 window once, in a permutation drawn from (seed, epoch). Row r of step n is visit ``n * global_batch_size + r`` of the
@@ -23,15 +24,13 @@ import numpy as np
 import numpy.typing as npt
 
 from launch import data_cache
-from launch.config import Config, DataConfig
+from launch.config import Config, DataConfig, show
 from launch.data_source import DataError, Source, find_source
+from launch.tokenizer import END_OF_DOCUMENT, VOCABULARY, ByteTokenizer, Tokenizer, TokenizerError, open_tokenizer
 
 __all__ = ["END_OF_DOCUMENT", "VOCABULARY", "DataError", "Dataset", "bits_per_byte", "open_dataset"]
 
-END_OF_DOCUMENT = 256
-VOCABULARY = 257
-
-Tokens: TypeAlias = npt.NDArray[np.uint16]
+Tokens: TypeAlias = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 Batch: TypeAlias = npt.NDArray[np.int64]
 
 
@@ -45,6 +44,8 @@ class Dataset:
     """Documents with any text, over both splits."""
     bytes: int
     """Bytes of text, over both splits, without the ends of documents."""
+    bytes_per_token: float
+    """Of the validation split; the end of a document counts as one byte."""
     fingerprint: str
     """SHA-256, in hexadecimal, of the tokens of both splits; equal fingerprints train on equal data."""
     sequence_length: int
@@ -93,18 +94,22 @@ def open_dataset(config: Config) -> Dataset:
     Raises DataError: no such data, unreadable, too short for one sequence of either split, or a
     ``model.vocab_size`` too small for its tokens. Any number of processes may call it at once.
     """
-    if config.model.vocab_size < VOCABULARY:
-        raise DataError(
-            f"model.vocab_size={config.model.vocab_size} must be at least {VOCABULARY}: 256 byte values and the "
-            f"end of a document"
-        )
+    try:
+        tokenizer = open_tokenizer(config.data.tokenizer)
+    except TokenizerError as error:
+        raise DataError(f"data.tokenizer={show(config.data.tokenizer)}: {error}") from None
+    size = max(tokenizer.size, tokenizer.end + 1)
+    if config.model.vocab_size < size:
+        what = "256 byte values and the end of a document" if size == VOCABULARY else "the tokens of data.tokenizer"
+        raise DataError(f"model.vocab_size={config.model.vocab_size} must be at least {size}: {what}")
     train = config.train
-    corpus = _corpus(config.data, train.sequence_length)
+    corpus = _corpus(config.data, tokenizer, train.sequence_length)
     return Dataset(
         train=corpus.tokens[: corpus.train_tokens],
         validation=corpus.tokens[corpus.train_tokens :],
         documents=corpus.documents,
         bytes=corpus.bytes,
+        bytes_per_token=corpus.validation_bytes / (len(corpus.tokens) - corpus.train_tokens),
         fingerprint=corpus.fingerprint,
         sequence_length=train.sequence_length,
         global_batch_size=train.global_batch_size,
@@ -112,37 +117,44 @@ def open_dataset(config: Config) -> Dataset:
     )
 
 
-def bits_per_byte(loss_sum_nats: float, targets: int) -> float:
+def bits_per_byte(loss_sum_nats: float, targets: int, bytes_per_token: float = 1.0) -> float:
     """Validation loss in bits per byte, from the sum of the cross-entropy over ``targets`` tokens.
 
-    Every token is one byte; the end of a document counts as one too, since it has to be predicted like any other.
+    The end of a document counts as a byte too, since it has to be predicted like any other. Where tokens are longer,
+    ``bytes_per_token`` is that of the whole split, of which the targets are a sample.
     """
-    return loss_sum_nats / math.log(2) / targets
+    return loss_sum_nats / math.log(2) / (targets * bytes_per_token)
 
 
-def _corpus(data: DataConfig, sequence_length: int) -> data_cache.Corpus:
+def _corpus(data: DataConfig, tokenizer: Tokenizer, sequence_length: int) -> data_cache.Corpus:
     source = find_source(data.source)
-    key = data_cache.key(source.identity(), data.validation_fraction, sequence_length)
+    key = data_cache.key(source.identity(), tokenizer.identity(), data.validation_fraction, sequence_length)
     corpus = data_cache.read(key)
     if corpus is None:
-        corpus = _tokenise(source, data.validation_fraction, sequence_length)
+        corpus = _tokenise(source, tokenizer, data.validation_fraction, sequence_length)
         data_cache.write(key, corpus)
     return corpus
 
 
-def _tokenise(source: Source, validation_fraction: float, sequence_length: int) -> data_cache.Corpus:
+def _tokenise(
+    source: Source, tokenizer: Tokenizer, validation_fraction: float, sequence_length: int
+) -> data_cache.Corpus:
     documents: list[bytes] = [text for text in source.documents() if text]
     if not documents:
         raise DataError(f"{source.setting} must hold text, and every document in it is empty")
     held_out = [_is_held_out(text, validation_fraction) for text in documents]
-    train = _tokens(text for text, held in zip(documents, held_out, strict=True) if not held)
-    validation = _tokens(text for text, held in zip(documents, held_out, strict=True) if held)
+    train = _tokens((text for text, held in zip(documents, held_out, strict=True) if not held), tokenizer)
+    validation = _tokens((text for text, held in zip(documents, held_out, strict=True) if held), tokenizer)
+    validation_bytes: float = sum(len(text) + 1 for text, held in zip(documents, held_out, strict=True) if held)
+    size = sum(map(len, documents))
     if min(len(train), len(validation)) <= sequence_length:
-        train, validation = _split_by_position(source, _tokens(documents), validation_fraction, sequence_length)
+        whole = _tokens(documents, tokenizer)
+        train, validation = _split_by_position(source, whole, validation_fraction, sequence_length)
+        validation_bytes = (size + len(documents)) * len(validation) / len(whole)
     tokens = np.concatenate([train, validation])
     digest = hashlib.sha256(f"{len(train)} {len(validation)}\n".encode())
-    digest.update(tokens.astype("<u2", copy=False).data)
-    return data_cache.Corpus(tokens, len(train), len(documents), sum(map(len, documents)), digest.hexdigest())
+    digest.update(tokens.astype(tokens.dtype.newbyteorder("<"), copy=False).data)
+    return data_cache.Corpus(tokens, len(train), len(documents), size, validation_bytes, digest.hexdigest())
 
 
 def _is_held_out(text: bytes, validation_fraction: float) -> bool:
@@ -162,13 +174,17 @@ def _split_by_position(
     return tokens[:-validation_tokens], tokens[-validation_tokens:]
 
 
-def _tokens(documents: Iterable[bytes]) -> Tokens:
-    """The documents in a row, each with its end."""
-    end = np.array([END_OF_DOCUMENT], dtype=np.uint16)
-    parts: list[npt.NDArray[Any]] = [np.empty(0, dtype=np.uint16)]
+def _tokens(documents: Iterable[bytes], tokenizer: Tokenizer) -> Tokens:
+    """The documents in a row, each with its end; in two bytes a token where that is enough."""
+    dtype = np.uint16 if max(tokenizer.size, tokenizer.end + 1) <= 2**16 else np.uint32
+    end = np.array([tokenizer.end], dtype=dtype)
+    parts: list[npt.NDArray[Any]] = [np.empty(0, dtype=dtype)]
     for text in documents:
-        parts += [np.frombuffer(text, dtype=np.uint8), end]
-    return np.concatenate(parts, dtype=np.uint16)
+        if isinstance(tokenizer, ByteTokenizer):  # a list of every byte would take minutes
+            parts += [np.frombuffer(text, dtype=np.uint8), end]
+        else:
+            parts += [np.array(tokenizer.encode(text), dtype=dtype), end]
+    return np.concatenate(parts, dtype=dtype)
 
 
 def _windows(tokens: Tokens, sequence_length: int) -> int:

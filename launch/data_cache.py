@@ -1,8 +1,8 @@
 """Tokens on disk, so that a corpus is tokenised once and shared by all ranks of a machine through the page cache.
 
 One file a corpus, in ``$XDG_CACHE_HOME/dualpipe`` (``~/.cache/dualpipe``): a header of one JSON line, padded to 4096
-bytes, then the tokens as little-endian 16-bit integers. It is written aside and renamed, so that ranks that start at
-once see all of it or nothing. A cache that cannot be written costs time, never the run.
+bytes, then the tokens as little-endian integers of 16 or 32 bits. It is written aside and renamed, so that ranks that
+start at once see all of it or nothing. A cache that cannot be written costs time, never the run.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_FORMAT = 1
+_FORMAT = 2
 _HEADER_BYTES = 4096
 
 
@@ -25,16 +25,18 @@ _HEADER_BYTES = 4096
 class Corpus:
     """Training tokens, then validation tokens, and what is known about them."""
 
-    tokens: npt.NDArray[np.uint16]
+    tokens: npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
     train_tokens: int
     documents: int
     bytes: int
+    validation_bytes: float
     fingerprint: str
 
 
-def key(files: list[tuple[str, int, int]], validation_fraction: float, sequence_length: int) -> str:
+def key(files: list[tuple[str, int, int]], tokenizer: str, validation_fraction: float, sequence_length: int) -> str:
     """A name that changes with everything that the tokens of the two splits depend on."""
-    return hashlib.sha256(json.dumps([_FORMAT, files, validation_fraction, sequence_length]).encode()).hexdigest()
+    parts = [_FORMAT, files, tokenizer, validation_fraction, sequence_length]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def read(name: str) -> Corpus | None:
@@ -45,10 +47,12 @@ def read(name: str) -> Corpus | None:
     try:
         with path.open("rb") as file:
             header = json.loads(file.read(_HEADER_BYTES))
-            if os.fstat(file.fileno()).st_size != _HEADER_BYTES + 2 * header["tokens"]:
+            width = header["bytes_each"]
+            if width not in (2, 4) or os.fstat(file.fileno()).st_size != _HEADER_BYTES + width * header["tokens"]:
                 return None
-            tokens = np.memmap(file, dtype="<u2", mode="r", offset=_HEADER_BYTES, shape=(header["tokens"],))
-        return Corpus(tokens, header["train_tokens"], header["documents"], header["bytes"], header["fingerprint"])
+            tokens = np.memmap(file, dtype=f"<u{width}", mode="r", offset=_HEADER_BYTES, shape=(header["tokens"],))
+        known = (header[k] for k in ("train_tokens", "documents", "bytes", "validation_bytes", "fingerprint"))
+        return Corpus(tokens, *known)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -61,9 +65,11 @@ def write(name: str, corpus: Corpus) -> None:
     header: dict[str, Any] = {
         "format": _FORMAT,
         "tokens": len(corpus.tokens),
+        "bytes_each": corpus.tokens.dtype.itemsize,
         "train_tokens": corpus.train_tokens,
         "documents": corpus.documents,
         "bytes": corpus.bytes,
+        "validation_bytes": corpus.validation_bytes,
         "fingerprint": corpus.fingerprint,
     }
     with contextlib.suppress(OSError):
@@ -72,7 +78,7 @@ def write(name: str, corpus: Corpus) -> None:
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(json.dumps(header).encode().ljust(_HEADER_BYTES))
-                file.write(corpus.tokens.astype("<u2", copy=False).data)
+                file.write(corpus.tokens.astype(corpus.tokens.dtype.newbyteorder("<"), copy=False).data)
             os.replace(aside, path)
         except BaseException:
             with contextlib.suppress(OSError):

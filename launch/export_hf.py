@@ -58,11 +58,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _origin(run: Run) -> Path | None:
+    """The folder with the tokenizer that the run was trained with; None for bytes."""
+    if (run.path / ORIGIN).is_dir():
+        return run.path / ORIGIN
+    name = run.config.data.tokenizer
+    return None if name == "bytes" else Path(name).expanduser()
+
+
 def export(path: Path, target: Path, dtype_name: str, shard_bytes: int) -> None:
     """``shard_bytes``: size of a file, at most. Raises one of the users' errors."""
     run = open_run(path)
     dtype = _DTYPES[dtype_name]
-    origin = path / ORIGIN if (path / ORIGIN).is_dir() else None
+    origin = _origin(run)
     special = _special_tokens(origin)
     config = published_config(run.config.model, str(dtype).removeprefix("torch."), special)
     parts = shards(published(run.config.model), dtype, shard_bytes)

@@ -31,7 +31,7 @@ from model.size import size
 _EPILOG = """\
 example:
   dualpipe import --hf DeepSeek-V3 --run runs/v3 data.source=corpus train.sequence_length=4096
-  dualpipe train runs/v3/config.yaml train.steps=100
+  dualpipe train runs/v3 train.steps=100
 
 The model, the data, the seed and the sequence length belong to the run from its beginning, so they are given here; the
 rest may be given to 'train' too. model.yarn_factor=40 stretches the context. Interrupted, the same command goes on."""
@@ -57,10 +57,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _import(arguments: argparse.Namespace) -> None:
     theirs = open_hugging_face(arguments.hf)
-    config = _configuration(theirs, arguments.run, arguments.overrides)
+    own_tokenizer = (theirs.path / FILE).is_file() and not is_byte_tokenizer(theirs.path / FILE)
+    config = _configuration(theirs, arguments.run, own_tokenizer, arguments.overrides)
     theirs.check(config.model)  # an override may have made it another one
     fingerprint = open_dataset(config).fingerprint
-    own_tokenizer = (theirs.path / FILE).is_file() and not is_byte_tokenizer(theirs.path / FILE)
+    if config.data.tokenizer == str(theirs.path):  # the run has its own copy
+        config = replace(config, data=replace(config.data, tokenizer=str(arguments.run / ORIGIN)))
     source = {
         "folder": str(theirs.path.absolute()),
         "files": theirs.folder.identity(),
@@ -76,24 +78,20 @@ def _import(arguments: argparse.Namespace) -> None:
     if theirs.left_out:
         left = theirs.left_out
         print(f"left out {len(left)} tensors that have no place here, {left[0]} .. {left[-1]}", file=sys.stderr)
-    if own_tokenizer:
-        print(
-            f"note: 'train' reads text as bytes, and this model has a tokenizer of its own, which 'evaluate' and "
-            f"'generate' use and 'export' copies ({arguments.run / ORIGIN})",
-            file=sys.stderr,
-        )
     print(f"{arguments.run}: {size(config.model)}")
-    again = shlex.quote(str(arguments.run / "config.yaml"))
+    again = shlex.quote(str(arguments.run))
     print(f"to train it: {invocation(sys.argv[0], os.environ, Path.cwd())} {again}")
 
 
-def _configuration(theirs: HuggingFaceModel, run: Path, overrides: Sequence[str]) -> Config:
+def _configuration(theirs: HuggingFaceModel, run: Path, own_tokenizer: bool, overrides: Sequence[str]) -> Config:
     """One rank, a short run, and all else from the model and the overrides."""
     context = theirs.config.original_max_position_embeddings
     values: dict[str, Any] = {
         "model": asdict(theirs.config),
         "train": {"steps": 100, "sequence_length": min(context, 1024), "global_batch_size": 8},
     }
+    if own_tokenizer:
+        values["data"] = {"tokenizer": str(theirs.path)}
     for override in overrides:
         apply(Config, values, override)
     values["run"] = {"dir": str(run)}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from launch.config import Config, load
 from launch.run_weights import RunWeights, newest
-from launch.tokenizer import CONFIG_FILE, FILE, ByteTokenizer, Tokenizer, published_tokenizer
+from launch.tokenizer import CONFIG_FILE, FILE, Tokenizer, open_tokenizer, published_tokenizer
 from model.config import ModelConfig
 from model.huggingface import HuggingFaceError, Published, is_left_out, model_config, published
 from model.safetensors_folder import SafetensorsFolder, read_json
@@ -89,11 +89,11 @@ class LoadedModel:
 def load_model(path: Path) -> LoadedModel:
     """The model of a run or Hugging Face folder, on a GPU in BF16 where there is one, else on the CPU in FP32.
 
-    Raises CheckpointError, ConfigError or HuggingFaceError, one line each.
+    Raises CheckpointError, ConfigError, TokenizerError or HuggingFaceError, one line each.
     """
     if (path / RUN_FILE).is_file():
         run = open_run(path)
-        tokenizer = run_tokenizer(path)
+        tokenizer = run_tokenizer(path, run.config.data.tokenizer)
         config, read, source = run.config.model, run.weights.read, str(run.weights.path)
         length = run.config.train.sequence_length
     elif (path / HUGGING_FACE_FILE).is_file():
@@ -110,10 +110,10 @@ def load_model(path: Path) -> LoadedModel:
     return LoadedModel(_whole(config, read), tokenizer, source, length)
 
 
-def run_tokenizer(path: Path) -> Tokenizer:
-    """A run's: bytes, unless its model was imported with a tokenizer of its own."""
-    origin = path / ORIGIN
-    return published_tokenizer(origin, read_json(origin / HUGGING_FACE_FILE)) if origin.is_dir() else ByteTokenizer()
+def run_tokenizer(path: Path, name: str) -> Tokenizer:
+    """A run's: what its model was imported with, or ``name``, its ``data.tokenizer``."""
+    origin = path / ORIGIN  # wherever the run was moved to since
+    return open_tokenizer(str(origin) if origin.is_dir() else name)
 
 
 def _whole(config: ModelConfig, read: Callable[[Published], Tensor]) -> Transformer:

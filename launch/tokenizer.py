@@ -1,19 +1,23 @@
 """Text <-> tokens of one model: bytes, as runs are trained on, or a published ``tokenizer.json``.
 
 ``byte_tokenizer`` is the first in the form of the second, so that an exported model comes with the tokens that it was
-trained on, and transformers, vLLM and SGLang read text as ``launch/data.py`` does.
+trained on, and transformers, vLLM and SGLang read text as runs do.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from launch.data import END_OF_DOCUMENT, VOCABULARY
-from model.huggingface import HuggingFaceError
-
+END_OF_DOCUMENT = 256
+VOCABULARY = 257
 FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 END_TEXT = "<|end_of_document|>"
+
+
+class TokenizerError(ValueError):
+    """There is no usable tokenizer; one line that names the file, and why."""
 
 
 class Tokenizer(Protocol):
@@ -28,6 +32,10 @@ class Tokenizer(Protocol):
 
     def decode(self, tokens: Sequence[int]) -> str: ...
 
+    def identity(self) -> str:
+        """Equal for tokenizers that make the same tokens."""
+        ...
+
 
 class ByteTokenizer:
     """Token 0..255 is the byte of that value; any bytes are text."""
@@ -40,6 +48,9 @@ class ByteTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(token for token in tokens if token < 256).decode("utf-8", "replace")
 
+    def identity(self) -> str:
+        return "bytes"
+
 
 class PublishedTokenizer:
     """A ``tokenizer.json`` through Hugging Face's ``tokenizers``. ``end`` is from the model's configuration."""
@@ -48,12 +59,13 @@ class PublishedTokenizer:
         try:
             from tokenizers import Tokenizer as Rust
         except ImportError:
-            raise HuggingFaceError(f"{path} needs the package 'tokenizers', and it is not installed") from None
+            raise TokenizerError(f"{path} needs the package 'tokenizers', and it is not installed") from None
         try:
             self._rust = Rust.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
-            raise HuggingFaceError(f"{path} is no tokenizer: {' '.join(str(error).split())}") from None
+            raise TokenizerError(f"{path} is no tokenizer: {' '.join(str(error).split())}") from None
         self.size, self.end = max(self._rust.get_vocab().values(), default=-1) + 1, end
+        self._path = path
 
     def encode(self, text: bytes) -> list[int]:
         # What is not UTF-8 is read as the replacement character: the vocabulary is one of characters.
@@ -64,17 +76,36 @@ class PublishedTokenizer:
         text: str = self._rust.decode(list(tokens))
         return text
 
+    def identity(self) -> str:
+        return f"{hashlib.sha256(self._path.read_bytes()).hexdigest()} {self.end}"
+
+
+def open_tokenizer(name: str) -> Tokenizer:
+    """What ``data.tokenizer`` names: ``bytes``, or a Hugging Face folder. Raises TokenizerError."""
+    if name == "bytes":
+        return ByteTokenizer()
+    folder = Path(name).expanduser()
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TokenizerError(f"{folder / 'config.json'} must be readable: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{folder / 'config.json'} must be JSON: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise TokenizerError(f"{folder / 'config.json'} must be a JSON object")
+    return published_tokenizer(folder, values)
+
 
 def published_tokenizer(folder: Path, values: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder whose ``config.json`` has these values. Raises HuggingFaceError."""
+    """The tokenizer of a Hugging Face folder whose ``config.json`` has these values. Raises TokenizerError."""
     if not (folder / FILE).is_file():
-        raise HuggingFaceError(f"{folder / FILE} is missing: without it the model's tokens have no meaning")
+        raise TokenizerError(f"{folder / FILE} is missing: without it the model's tokens have no meaning")
     if is_byte_tokenizer(folder / FILE):
         return ByteTokenizer()
     end = values.get("eos_token_id")
     end = end[0] if isinstance(end, list) and end else end
     if type(end) is not int or end < 0:
-        raise HuggingFaceError(f"{folder / 'config.json'}: eos_token_id={end!r} must be a token, the end of a document")
+        raise TokenizerError(f"{folder / 'config.json'}: eos_token_id={end!r} must be a token, the end of a document")
     return PublishedTokenizer(folder / FILE, end)
 
 

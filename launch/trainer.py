@@ -175,7 +175,7 @@ class Trainer:
         padded[: len(rows)] = rows
         first, count = worker.rows(len(padded))
         total = worker.evaluate(padded[first : first + count] if worker.needs_data else None, len(rows))
-        return bits_per_byte(total, len(rows) * length)
+        return bits_per_byte(total, len(rows) * length, self.data.bytes_per_token)
 
     def _save(self) -> int:
         path = checkpoint.save(self.folder.checkpoints, self.worker, self.progress, self.config.checkpoint.keep)

@@ -29,11 +29,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def configured(source: object, **changes: object) -> Config:
     train = {"steps": 1, "sequence_length": 8, "global_batch_size": 4, **changes}
     fraction = train.pop("validation_fraction", 0.3)
+    tokenizer = str(train.pop("tokenizer", "bytes"))
     return from_dict(
         {
             "train": train,
             "model": {"vocab_size": train.pop("vocab_size", 257)},
-            "data": {"source": str(source), "validation_fraction": fraction},
+            "data": {"source": str(source), "validation_fraction": fraction, "tokenizer": tokenizer},
             "run": {"dir": "unused"},
         }
     )
@@ -56,7 +57,7 @@ def documents(tokens: np.ndarray) -> list[bytes]:
 def stream(train_tokens: int, sequence_length: int, global_batch_size: int, seed: int) -> Dataset:
     """A data set whose training token i has the value i, so that a window shows where it came from."""
     tokens = np.arange(train_tokens, dtype=np.uint16)
-    return Dataset(tokens, tokens, 1, train_tokens, "", sequence_length, global_batch_size, seed)
+    return Dataset(tokens, tokens, 1, train_tokens, 1.0, "", sequence_length, global_batch_size, seed)
 
 
 TEXTS = [f"document {number} says {'word ' * (number % 5)}" for number in range(60)]
@@ -300,3 +301,54 @@ def test_a_vocabulary_without_room_for_the_tokens_is_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize("targets", [1, 1000])
 def test_a_uniform_guess_over_256_bytes_costs_eight_bits(targets: int) -> None:
     assert bits_per_byte(targets * float(np.log(256)), targets) == pytest.approx(8)
+
+
+def words(folder: Path, end: int, offset: int = 0) -> Path:
+    """A Hugging Face folder whose tokens are words; ``offset`` moves their numbers up."""
+    folder.mkdir()
+    known = ["?", "document", "says", "word", *map(str, range(60))]
+    model = {"type": "WordLevel", "vocab": {w: offset + n for n, w in enumerate(known)}, "unk_token": "?"}
+    tokenizer = {"version": "1.0", "added_tokens": [], "model": model, "pre_tokenizer": {"type": "Whitespace"}}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": end}))
+    return folder
+
+
+@pytest.mark.parametrize(("offset", "dtype"), [(0, np.uint16), (100_000, np.uint32)])
+def test_a_published_tokenizer_reads_the_documents(tmp_path: Path, offset: int, dtype: type) -> None:
+    pytest.importorskip("tokenizers")
+    end = offset + 64
+    folder = words(tmp_path / "words", end, offset)
+    config = configured(corpus(tmp_path / "texts", TEXTS), vocab_size=end + 1, tokenizer=folder)
+    read = [open_dataset(config), open_dataset(config)]  # the second from the cache
+    for data in read:
+        assert data.train.dtype == dtype and data.validation.dtype == dtype
+        row = [*data.train.tolist(), *data.validation.tolist()]
+        assert row.count(end) == len(TEXTS) and row[-1] == end
+        assert sorted(Counter(row).items()) == sorted(
+            Counter(
+                offset + {"document": 1, "says": 2, "word": 3}.get(word, 4 + int(word) if word.isdecimal() else 0)
+                if word is not None
+                else end
+                for text in TEXTS
+                for word in (*text.split(), None)
+            ).items()
+        )
+        held_out = set(documents(open_dataset(configured(tmp_path / "texts")).validation))
+        assert data.bytes_per_token * len(data.validation) == pytest.approx(sum(len(text) + 1 for text in held_out))
+    assert read[0].fingerprint == read[1].fingerprint
+    other = configured(tmp_path / "texts", vocab_size=end + 2, tokenizer=words(tmp_path / "more", end + 1, offset))
+    assert open_dataset(other).fingerprint != read[0].fingerprint
+
+
+def test_a_tokenizer_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    texts = corpus(tmp_path / "texts", TEXTS)
+    with pytest.raises(DataError, match=r"data.tokenizer='?nowhere'?: nowhere/config.json must be readable"):
+        open_dataset(configured(texts, tokenizer="nowhere"))
+    with pytest.raises(DataError, match=r"model.vocab_size=64 must be at least 65: the tokens of data.tokenizer"):
+        open_dataset(configured(texts, vocab_size=64, tokenizer=words(tmp_path / "words", 64)))
+
+
+def test_bits_per_byte_divides_by_the_bytes_of_the_tokens() -> None:
+    assert bits_per_byte(10 * float(np.log(256)), 10, bytes_per_token=4.0) == pytest.approx(2)

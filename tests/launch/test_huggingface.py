@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import evaluate, export_hf, import_hf
 from launch.config import load
+from launch.data import open_dataset
 from launch.model_folder import ORIGIN, open_run
 from launch.run_weights import RunWeights, RunWeightsWriter
 from model import safetensors_folder
@@ -277,8 +278,14 @@ def test_a_tokenizer_of_its_own_travels_with_the_model(theirs: Path, tmp_path: P
     edit(folder / "tokenizer.json", model=words, added_tokens=[], pre_tokenizer={"type": "Whitespace"}, decoder=None)
     edit(folder / "config.json", bos_token_id=1, eos_token_id=[2, 1])
     assert import_model(folder, tmp_path / "run", text) == 0
-    assert "'train' reads text as bytes" in capsys.readouterr().err
-    assert (tmp_path / "run" / ORIGIN / "tokenizer.json").exists()
+    own = tmp_path / "run" / ORIGIN
+    assert (own / "tokenizer.json").exists()
+    config = load(tmp_path / "run" / "config.yaml")
+    assert config.data.tokenizer == str(own)
+    assert max(open_dataset(config).train) <= 2 and json.loads((tmp_path / "run" / "data.json").read_text()) == {
+        "source": str(text),
+        "fingerprint": open_dataset(config).fingerprint,
+    }
     assert export_hf.main([str(tmp_path / "run"), "--hf", str(tmp_path / "back")]) == 0
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     config = json.loads((tmp_path / "back" / "config.json").read_text())

@@ -7,8 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.tokenizer import ByteTokenizer, PublishedTokenizer, byte_tokenizer, is_byte_tokenizer, published_tokenizer
-from model.huggingface import HuggingFaceError
+from launch.tokenizer import (
+    ByteTokenizer,
+    PublishedTokenizer,
+    TokenizerError,
+    byte_tokenizer,
+    is_byte_tokenizer,
+    published_tokenizer,
+)
 
 pytest.importorskip("tokenizers")
 
@@ -59,5 +65,5 @@ def test_a_folder_without_a_tokenizer_is_refused(
 ) -> None:
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(HuggingFaceError, match=message):
+    with pytest.raises(TokenizerError, match=message):
         published_tokenizer(tmp_path, values)
