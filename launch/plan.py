@@ -1,0 +1,200 @@
+"""``dualpipe plan``: what a configuration costs on a described cluster, before anybody pays for it."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from launch import plan_table
+from launch.command import Parser, UsageError, reported
+from launch.config import Config, ConfigError, load
+from launch.yaml_strict import DuplicateKeyError, load_yaml
+from parallel.estimate.fit import check
+from parallel.estimate.hardware import WHAT_IF, Cluster, changed, from_mapping
+from parallel.estimate.plan import Plan, Run, make_plan
+from parallel.estimate.search import search
+from parallel.estimate.workload import PRECISIONS, RECOMPUTES, Precision, Recompute, Workload
+
+CLUSTERS = Path(__file__).parents[1] / "configs" / "clusters"
+DEFAULT_CLUSTER = "h800"
+
+_EPILOG = f"""\
+what-if, KEY=VALUE,...:
+  cluster.gpu=h100            another cluster's description
+  nvlink=900  ib=100          links: GB/s inside a node, both ways together; between nodes, one way, for each GPU
+  memory_gb=141  ...          any other key of a cluster, as in configs/clusters
+  precision                   of products: {", ".join(PRECISIONS)}; otherwise the configuration's
+  recompute                   {" or ".join(RECOMPUTES)}: keep everything, or make norms, MLA's up-projections and
+                              SwiGLU's output again in backward, as DeepSeek-V3 does
+  mtp=1                       multi-token-prediction modules
+  imbalance=1.1               rows of the busiest expert-parallel rank over the mean
+
+examples:
+  dualpipe plan configs/deepseek-v3.yaml --what-if precision=fp8,recompute=selective,mtp=1
+  dualpipe plan configs/deepseek-v3.yaml layout.expert=32 --what-if precision=fp8,recompute=selective,ib=25
+  dualpipe plan configs/deepseek-v3.yaml --search --what-if precision=fp8"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0, or 2 after one line on stderr when the arguments ask for what cannot be."""
+
+    def command() -> None:
+        args = _parser().parse_intermixed_args(argv)
+        try:
+            print(_search(args) if args.search else _plan(args))
+        except ConfigError:
+            raise
+        except ValueError as error:  # hardware, workload and memory name their own keys
+            raise UsageError(str(error)) from None
+
+    return reported(command)
+
+
+def _plan(args: argparse.Namespace) -> str:
+    """Plan one layout, write the page if asked for, and return what is to be printed."""
+    workload, cluster, run = _inputs(args)
+    plan = make_plan(workload, cluster, run)
+    check(plan)
+    if args.html:
+        _write(args.html, plan)
+    return json.dumps(plan.to_json()) if args.json else plan_table.report(plan)
+
+
+def _search(args: argparse.Namespace) -> str:
+    if args.html:
+        raise UsageError(f"--html {args.html} and --search exclude each other: a page is of one layout")
+    workload, cluster, run = _inputs(args)
+    found = search(workload, cluster, run)
+    if not found.plans:
+        raise UsageError(f"none of {found.tried} layouts of {workload.layout.world_size} GPUs fits on {cluster.name}")
+    if args.json:
+        plans = [plan.to_json() for plan in found.plans]
+        return json.dumps({"tried": found.tried, "feasible": len(found.candidates), "plans": plans})
+    return plan_table.ranking(found)
+
+
+@dataclass(frozen=True)
+class _WhatIf:
+    """What ``--what-if`` changes: the name of a cluster, its keys, and the workload's."""
+
+    cluster: str | None
+    hardware: Mapping[str, str]
+    workload: Mapping[str, Any]
+
+
+_OF_THE_WORKLOAD = {"precision": str, "recompute": str, "mtp": int, "imbalance": float}
+
+
+def _inputs(args: argparse.Namespace) -> tuple[Workload, Cluster, Run]:
+    from model.size import size  # needs torch
+
+    config = load(args.config, args.overrides)
+    wanted = _what_if(args.what_if)
+    if wanted.cluster is not None and args.cluster is not None:
+        raise UsageError(f"--cluster {args.cluster} and cluster.gpu={wanted.cluster} in --what-if exclude each other")
+    cluster = read_cluster(wanted.cluster or args.cluster or DEFAULT_CLUSTER)
+    for key, text in wanted.hardware.items():
+        cluster = changed(cluster, key, text)
+    every = config.checkpoint.every or None
+    return _workload(config, wanted.workload), cluster, Run(config.train.steps, every, size(config.model).active)
+
+
+def _workload(config: Config, changes: Mapping[str, Any]) -> Workload:
+    workload = Workload(
+        model=config.model,
+        layout=config.layout,
+        schedule=config.schedule.name,
+        sequence_length=config.train.sequence_length,
+        micro_batch_size=config.train.micro_batch_size,
+        microbatches=config.microbatches,
+        precision=cast(Precision, changes.get("precision", config.precision.compute)),
+        moment_bytes={"fp32": 4, "bf16": 2}[config.optimizer.moments],
+        recompute=cast(Recompute, changes.get("recompute", "none")),
+    )
+    return replace(workload, **{key: value for key, value in changes.items() if key in ("mtp", "imbalance")})
+
+
+def _what_if(texts: Sequence[str]) -> _WhatIf:
+    """From KEY=VALUE,..., each key once."""
+    values: dict[str, str] = {}
+    for part in (part for text in texts for part in text.split(",")):
+        key, equals, value = (side.strip() for side in part.partition("="))
+        if not equals or not value:
+            raise UsageError(f"--what-if {part!r} must have the form KEY=VALUE")
+        name = WHAT_IF.get(key, key)
+        if name in values:
+            raise UsageError(f"--what-if {key} is given twice")
+        values[name] = value
+    cluster = values.pop("cluster.gpu", None)
+    workload = {key: _number(key, values.pop(key)) for key in _OF_THE_WORKLOAD if key in values}
+    return _WhatIf(cluster, values, workload)
+
+
+def _number(key: str, text: str) -> Any:
+    kind = _OF_THE_WORKLOAD[key]
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise UsageError(f"--what-if {key}={text} must be {wanted}") from None
+
+
+def read_cluster(name: str, seen: tuple[str, ...] = ()) -> Cluster:
+    """A description by its name in ``configs/clusters``, or the path of a .yaml file. Raises UsageError and
+    ClusterError."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else CLUSTERS / f"{name}.yaml"
+    if not name.endswith((".yaml", ".yml")) and not path.is_file():
+        known = ", ".join(sorted(each.stem for each in CLUSTERS.glob("*.yaml")))
+        raise UsageError(f"cluster {name} is not known: it must be one of {known}, or the path of a .yaml file")
+    try:
+        values = load_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cluster {path} must be a readable YAML file: {error.strerror}") from None
+    except (yaml.YAMLError, DuplicateKeyError, UnicodeDecodeError) as error:
+        raise UsageError(f"cluster {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"cluster {path} must hold a mapping of keys to {{value: NUMBER, source: TEXT}}")
+    like = values.pop("like", None)
+    if like is not None and (not isinstance(like, str) or like in (*seen, name)):
+        raise UsageError(f"cluster {path}: like={like!r} must be the name of another cluster, without a circle")
+    base = None if like is None else read_cluster(like, (*seen, name))
+    return from_mapping(path.stem, values, base)
+
+
+def _write(path: str, plan: Plan) -> None:
+    from dualpipe.draw.html import html
+
+    try:
+        Path(path).write_text(html(plan.result), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--html {path} cannot be written: {error.strerror}") from None
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="dualpipe plan",
+        description="Predict time, memory and price of a training run on a described cluster.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML configuration of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
+    parser.add_argument(
+        "--cluster", metavar="NAME|FILE", help=f"in configs/clusters, or a .yaml file (default {DEFAULT_CLUSTER})"
+    )
+    parser.add_argument("--what-if", action="append", default=[], metavar="KEY=VALUE,...", help="see below")
+    parser.add_argument("--search", action="store_true", help="rank all layouts of these GPUs that fit in memory")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--html", metavar="FILE", help="write the timeline and every rank's activations as a page")
+    return parser
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.exit(main())

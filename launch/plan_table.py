@@ -1,0 +1,112 @@
+"""What ``dualpipe plan`` prints for people: one plan, or the ranking of a search."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from dualpipe.program import Gather
+from parallel.estimate.plan import Plan
+from parallel.estimate.run import DAY
+from parallel.estimate.search import Found
+from parallel.estimate.step import idle_by_cause
+
+_CAUSES = {
+    "warmup": "warm-up",
+    "dependency": "dependency",
+    "communication": "messages",
+    "drain": "drain",
+    "step_end": "reductions",
+}
+
+
+def report(plan: Plan) -> str:
+    """The step, where it goes on each rank, memory, and the run."""
+    w, cluster = plan.workload, plan.cluster
+    layout = w.layout
+    lines = [
+        f"{plan.gpus} x {cluster.name}: {w.schedule}, pipeline {layout.pipeline} x data {layout.data}, expert "
+        f"{layout.expert}, {w.microbatches} micro-batches of {w.micro_batch_size} x {w.sequence_length} tokens, "
+        f"{w.precision}, recompute {w.recompute}" + (f", mtp {w.mtp}" if w.mtp else ""),
+        "",
+        _ranks(plan),
+        "",
+        *_step(plan),
+        *_run(plan),
+        "",
+        "Not measured on this cluster: " + _assumed(plan),
+    ]
+    return "\n".join(lines)
+
+
+def ranking(found: Found) -> str:
+    """The best layouts by simulated step."""
+    rows = [
+        "step s,closed form,schedule,pipeline,data,expert,micro-batch,recompute,fullest GB,MFU causal,hours/T".split(
+            ","
+        )
+    ]
+    closed = {candidate.workload: candidate.step_seconds for candidate in found.candidates}
+    for plan in found.plans:
+        w = plan.workload
+        rows.append(
+            [
+                f"{plan.step_seconds:.3f}",
+                f"{closed[w]:.3f}",
+                w.schedule,
+                *map(str, (w.layout.pipeline, w.layout.data, w.layout.expert, w.micro_batch_size)),
+                w.recompute,
+                f"{plan.memory[plan.fullest_rank].total / 1e9:.1f}",
+                f"{plan.mfu[0]:.1%}",
+                f"{plan.gpu_hours_per_trillion_tokens / 1e3:.1f}K",
+            ]
+        )
+    summary = f"{found.tried} layouts, {len(found.candidates)} fit in memory, the best {len(found.plans)} simulated"
+    return "\n".join([_aligned(rows), "", summary])
+
+
+def _ranks(plan: Plan) -> str:
+    rows = ["rank,layers,forward,backward,weights,overlapped,bubble,optimizer,memory GB,of it activations".split(",")]
+    for rank, (seconds, memory) in enumerate(zip(plan.seconds, plan.memory, strict=True)):
+        stages = sorted({span.slot.stage for span in plan.result.spans[rank] if isinstance(span.slot, Gather)})
+        layers = "+".join(str(len(plan.layers[stage])) for stage in stages)
+        times = [f"{value:.3g}" for value in asdict(seconds).values()]
+        rows.append([str(rank), layers, *times, f"{memory.total / 1e9:.4g}", f"{memory.activations / 1e9:.4g}"])
+    return _aligned(rows)
+
+
+def _step(plan: Plan) -> list[str]:
+    causes = ", ".join(f"{_CAUSES[name]} {seconds:.3g}" for name, seconds in idle_by_cause(plan.result).items())
+    (causal, full), (mfu, full_mfu) = plan.tflops, plan.mfu
+    return [
+        f"step             {plan.step_seconds:.4g} s, {plan.workload.step_tokens / 1e6:.4g}M tokens; bubble of a rank "
+        f"on average, s: {causes}",
+        f"pair             {plan.pair_seconds * 1e3:.4g} ms in a typical stage, {plan.pair_hidden_fraction:.1%} of its "
+        f"communication hidden, {plan.exposed_seconds:.3g} s a step exposed; bound by {plan.bound}",
+        f"utilisation      {causal:.4g} TFLOPS causal, {full:.4g} non-causal; MFU {mfu:.1%} and {full_mfu:.1%}",
+        f"memory           rank {plan.fullest_rank} is fullest: {plan.memory[plan.fullest_rank].total / 1e9:.4g} of "
+        f"{plan.usable_bytes / 1e9:.4g} GB for tensors",
+    ]
+
+
+def _run(plan: Plan) -> list[str]:
+    faults = plan.faults
+    dollars = plan.gpu_hours_total * plan.cluster.dollars_per_gpu_hour
+    return [
+        f"speed            {plan.tokens_per_day / 1e9:.4g}B tokens a day, "
+        f"{plan.gpu_hours_per_trillion_tokens / 1e3:.4g}K GPU-hours per trillion",
+        f"failures         one every {faults.between_failures / 3600:.3g} h, checkpoints every {faults.interval:.4g} s "
+        f"(best {faults.best_interval:.4g}): {faults.effective_fraction:.2%} of the time trains",
+        f"run              {plan.run.steps} steps: {plan.gpu_hours / 1e6:.4g}M GPU-hours of steps, "
+        f"{plan.gpu_hours_total / 1e6:.4g}M with failures, {plan.gpu_hours_total / plan.gpus * 3600 / DAY:.3g} days, "
+        f"${dollars / 1e6:.4g}M",
+    ]
+
+
+def _assumed(plan: Plan) -> str:
+    sources = plan.cluster.sources
+    named = [key for key, source in sources.items() if source.startswith("assumed")]
+    return ", ".join(named) or "nothing"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

@@ -1,0 +1,172 @@
+"""What a rank holds: parameters, gradients, optimizer state, and the activations at the simulated peak. Bytes.
+
+A rank holds every stage that some route of the schedule takes to it, under DualPipe two. Of each it has the parameters
+in the compute format and FP32 gradients whole; FP32 masters and both moments are sharded over the stage's replica
+group (``parallel/mesh.py``), which for routed experts is smaller by the expert-parallel factor.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dualpipe.program import Program
+from parallel.estimate.operations import Operations
+from parallel.estimate.workload import Workload
+
+
+@dataclass(frozen=True)
+class StageParameters:
+    """Elements of one stage: those that every replica has, and the routed experts of one expert-parallel rank."""
+
+    dense: int
+    routed: int
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.routed
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    parameters: float
+    gradients: float
+    optimizer: float
+    """Masters and moments of the owned shards."""
+    activations: float
+    buffers: float
+    """Pipeline messages received ahead and on their way out, and the rows of one dispatch and one combine."""
+    logits: float
+    """Of the head, while one micro-batch passes it."""
+
+    @property
+    def total(self) -> float:
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.buffers + self.logits
+
+
+def stage_parameters(operations: Operations, layers: Sequence[range]) -> list[StageParameters]:
+    """Counted from the widths, stage by stage."""
+    w, c = operations.workload, operations.workload.model
+    attention = sum(m.outputs * m.inputs for m in operations.attention_matrices().values())
+    attention += c.kv_lora_rank + (c.q_lora_rank or 0) + 2 * c.hidden_size  # norms
+    routed = c.n_routed_experts // w.layout.expert * 3 * c.hidden_size * c.moe_intermediate_size
+    shared = 3 * c.hidden_size * c.moe_intermediate_size * c.n_shared_experts
+    moe = attention + shared + c.n_routed_experts * c.hidden_size
+    dense = attention + 3 * c.hidden_size * c.intermediate_size
+    table = c.vocab_size * c.hidden_size
+    found = []
+    for stage, each in enumerate(layers):
+        experts = [layer for layer in each if c.is_moe(layer)]
+        own = len(experts) * moe + (len(each) - len(experts)) * dense
+        count = len(experts)
+        own += table if stage == 0 else 0
+        if stage == len(layers) - 1:
+            own += table + c.hidden_size
+            # Embedding and head of a multi-token-prediction module are the main model's (report, 2.2).
+            own += w.mtp * (moe + 2 * c.hidden_size**2 + 3 * c.hidden_size)
+            count += w.mtp
+        found.append(StageParameters(own, count * routed))
+    return found
+
+
+def layer_activation_bytes(workload: Workload, moe: bool) -> float:
+    """What one layer keeps of one micro-batch from its forward to the end of its backward."""
+    selective = workload.recompute == "selective"
+    token, row = _selective_bytes(workload) if selective else _kept_bytes(workload)
+    c = workload.model
+    token += row(c.n_shared_experts * c.moe_intermediate_size if moe else c.intermediate_size)
+    if not moe:
+        return workload.tokens * token
+    # Scores in FP32; of each choice its number, its score and its weight, and of its row the weight and two places.
+    token += 4 * c.n_routed_experts + 16 * c.num_experts_per_tok + 4
+    routed = row(c.moe_intermediate_size) + c.hidden_size * _operand_bytes(workload) + 20
+    return workload.tokens * (token + c.num_experts_per_tok * workload.imbalance * routed)
+
+
+def _operand_bytes(workload: Workload) -> float:
+    """Of one number as a product reads it; in FP8 with its share of an FP32 scale."""
+    return {"fp8": 1 + 4 / 128, "bf16": 2.0, "fp32": 4.0}[workload.precision]
+
+
+def _kept_bytes(workload: Workload) -> tuple[float, Callable[[int], float]]:
+    """(of a token in attention and norms, of a row in an MLP of some width) where nothing is made again.
+
+    As ``parallel/stage.py`` runs a layer: inputs of norms and products; queries, keys, values and results of the core,
+    all as wide as the keys (``model.attention.attend``); SwiGLU's input and output; and the MLP's result, which stays
+    as the root of its graph.
+    """
+    c, width, operand = workload.model, workload.activation_width, _operand_bytes(workload)
+    heads, latents = c.num_attention_heads, (c.q_lora_rank or 0) + c.kv_lora_rank
+    norm_inputs = 2 * c.hidden_size + latents
+    statistics = 4 * (4 if c.q_lora_rank is not None else 3) + 4 * heads
+    token: float = norm_inputs * (width + operand) + 2 * c.qk_rope_head_dim * width + statistics
+    token += heads * (4 * c.qk_head_dim * width + c.v_head_dim * operand)
+
+    def row(intermediate: int) -> float:
+        return 3 * intermediate * operand + (c.hidden_size * width if intermediate else 0)
+
+    return token, row
+
+
+def _selective_bytes(workload: Workload) -> tuple[float, Callable[[int], float]]:
+    """The same where outputs of norms, of MLA's up-projections and of SwiGLU are made again. In FP8 the result of the
+    attention core is kept in 12 bits (report, 3.2.3 and 3.3.3)."""
+    c, width, operand = workload.model, workload.activation_width, _operand_bytes(workload)
+    heads, latents = c.num_attention_heads, (c.q_lora_rank or 0) + c.kv_lora_rank
+    token: float = (2 * c.hidden_size + latents + c.qk_rope_head_dim) * width + 4 * heads
+    token += heads * c.v_head_dim * (1.5 if workload.precision == "fp8" else width)
+    return token, lambda intermediate: 2 * intermediate * operand
+
+
+def activation_bytes(workload: Workload, layers: Sequence[range]) -> list[float]:
+    """Of one micro-batch, by stage. The head keeps its input, the embedding its tokens."""
+    c = workload.model
+    dense, moe = layer_activation_bytes(workload, False), layer_activation_bytes(workload, True)
+    found = [sum(moe if c.is_moe(layer) else dense for layer in each) for each in layers]
+    state = message_bytes(workload)
+    found[-1] += 2 * state + workload.mtp * (moe + 6 * state)
+    found[0] += 8 * workload.tokens
+    return found
+
+
+def rank_memory(
+    program: Program,
+    workload: Workload,
+    parameters: Sequence[StageParameters],
+    peak_activations: Sequence[float],
+) -> list[RankMemory]:
+    """For each pipeline rank of the program; the same for all its replicas."""
+    layout, width = workload.layout, workload.activation_width
+    buffers = _buffers(workload, program)
+    logits = workload.tokens * workload.model.vocab_size * (width + 8.0)
+    copies = [sorted({route[stage] for route in program.routes}) for stage in range(program.stages)]
+    found = []
+    for rank in range(program.ranks):
+        stages = sorted(program.stages_of(rank))
+        held = sum(parameters[stage].total for stage in stages)
+        owned = sum(
+            parameters[s].dense / (len(copies[s]) * layout.data)
+            + parameters[s].routed / (len(copies[s]) * layout.data / layout.expert)
+            for s in stages
+        )
+        found.append(
+            RankMemory(
+                parameters=width * held,
+                gradients=4.0 * held,
+                optimizer=owned * (4 + 2 * workload.moment_bytes),
+                activations=peak_activations[rank],
+                buffers=buffers,
+                logits=logits if program.stages - 1 in stages else 0.0,
+            )
+        )
+    return found
+
+
+def _buffers(workload: Workload, program: Program) -> float:
+    c, width, state = workload.model, workload.activation_width, message_bytes(workload)
+    messages = 4 * 3 * state if program.ranks > 1 else 0  # four channels: two received ahead, one being sent
+    rows = workload.tokens * c.num_experts_per_tok * c.hidden_size * width * workload.imbalance
+    return messages + (2 * rows if workload.layout.expert > 1 else 0.0)
+
+
+def message_bytes(workload: Workload) -> float:
+    """Of one pipeline message: the residual stream of one micro-batch."""
+    return float(workload.tokens * workload.model.hidden_size * workload.activation_width)

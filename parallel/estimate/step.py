@@ -1,0 +1,183 @@
+"""One training step of one pipeline: the program that the runtime would execute, played with its stages' costs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+
+from dualpipe.cost import Costs, CostTable
+from dualpipe.lower import lower
+from dualpipe.program import Compute, Gather, Op, Overlap, Program, Reduce, Step
+from dualpipe.progress import Progress, Span, Transport
+from dualpipe.schedules import generate
+from dualpipe.simulate import Causes, Simulation
+from parallel.estimate.stages import StageCost, pair_seconds
+
+OPERATIONS = ("F", "B", "I", "W", "FB")
+
+
+@dataclass(frozen=True)
+class EndSeconds:
+    """The end of the step. The slowest stage's reduction and gathering stand for all: the step waits for it."""
+
+    reduce: float
+    step: float
+    gather: float
+
+
+@dataclass(frozen=True)
+class RankSeconds:
+    """Where one rank's step goes; ``seconds`` of the six fields add up to the step. ``backward_s`` holds full backwards
+    and those for inputs only, ``weight_s`` the deferred weight gradients, ``optimizer_s`` the update and the
+    gathering of parameters."""
+
+    forward_s: float
+    backward_s: float
+    weight_s: float
+    overlapped_s: float
+    bubble_s: float
+    optimizer_s: float
+
+
+class _Pairs(CostTable):
+    """Pairs whose durations are known one by one, instead of a common one in proportion to F and B."""
+
+    def __init__(self, costs: Costs, program: Program, stages: Sequence[StageCost]) -> None:
+        super().__init__(costs, program)
+        self._stages = stages
+
+    def _pair(self, forward_stage: int, backward_stage: int) -> float:
+        return pair_seconds(self._stages[forward_stage], self._stages[backward_stage])
+
+
+def step_program(schedule: str, ranks: int, microbatches: int) -> Program:
+    """The program that training runs. Raises ValueError for sizes that the schedule refuses."""
+    return lower(generate(schedule, ranks, microbatches))
+
+
+def play(
+    program: Program,
+    stages: Sequence[StageCost],
+    end: EndSeconds,
+    message: tuple[float, float],
+    activation_bytes: Sequence[float],
+) -> Simulation:
+    """The step's simulation, in seconds. ``message``: how long one occupies its link, and its latency;
+    ``activation_bytes``: of one micro-batch, by stage."""
+    at_stage: dict[tuple[str, int], float] = {}
+    for stage, cost in enumerate(stages):
+        for op, name in _FIELDS.items():
+            at_stage[name, stage] = cost.alone[op]
+        at_stage["activation_bytes", stage] = activation_bytes[stage]
+    costs = Costs(
+        link=message[0],
+        message=message[1],
+        reduce=end.reduce,
+        step=end.step,
+        gather=end.gather,
+        activation_bytes=0.0,
+        at_stage=at_stage,
+    )
+    progress = Progress(program, Transport.EAGER, costs)
+    progress.costs = _Pairs(costs, program, stages)
+    progress.play()
+    return _simulation(program, progress)
+
+
+def ranks_seconds(result: Simulation) -> list[RankSeconds]:
+    """For each rank, where its step goes. What is not computing and not the end of the step is bubble."""
+    found = []
+    for spans in result.spans:
+        total = {name: 0.0 for name in (*OPERATIONS, "end")}
+        for span in spans:
+            if (name := _kind(span)) is not None:
+                total[name] += span.end - span.start
+        working = sum(total.values())
+        found.append(
+            RankSeconds(
+                forward_s=total["F"],
+                backward_s=total["B"] + total["I"],
+                weight_s=total["W"],
+                overlapped_s=total["FB"],
+                bubble_s=result.makespan - working,
+                optimizer_s=total["end"],
+            )
+        )
+    return found
+
+
+def idle_by_cause(result: Simulation) -> dict[str, float]:
+    """Seconds that the ranks idle on average, by cause. ``step_end`` is without the update and the gathering."""
+    causes: Mapping[str, list[float]] = {name: [] for name in asdict(result.bubble_by_cause[0])}
+    for rank in result.bubble_by_cause:
+        for name, seconds in asdict(rank).items():
+            causes[name].append(seconds)
+    optimizer = [rank.optimizer_s for rank in ranks_seconds(result)]
+    mean = {name: sum(seconds) / result.ranks for name, seconds in causes.items()}
+    return {**mean, "step_end": mean["step_end"] - sum(optimizer) / result.ranks}
+
+
+_FIELDS = {
+    Op.FORWARD: "forward",
+    Op.BACKWARD: "backward",
+    Op.BACKWARD_INPUT: "backward_input",
+    Op.BACKWARD_WEIGHT: "backward_weight",
+}
+
+
+def _kind(span: Span) -> str | None:
+    match span.slot:
+        case Compute(op, _):
+            return op.value
+        case Overlap():
+            return "FB"
+        case Step() | Gather():
+            return "end"
+        case Reduce():
+            return None  # beside what the rank computes
+        case _:
+            raise AssertionError(span.slot)
+
+
+def _simulation(program: Program, progress: Progress) -> Simulation:
+    """What ``dualpipe.simulate.simulate`` returns, of a play whose table of costs is ours."""
+    makespan = max([*progress.clock, *progress.reduced])
+    computing = [[span for span in spans if isinstance(span.slot, Compute | Overlap)] for spans in progress.spans]
+    computed_until = max(spans[-1].end for spans in computing)
+    busy = tuple(sum(span.end - span.start for span in spans) for spans in computing)
+    curves = tuple(tuple(holdings.curve) for holdings in progress.holdings)
+    return Simulation(
+        schedule=program.schedule,
+        ranks=program.ranks,
+        stages=program.stages,
+        microbatches=program.microbatches,
+        makespan=makespan,
+        busy=busy,
+        bubble=tuple(makespan - seconds for seconds in busy),
+        bubble_by_cause=tuple(_causes(spans, computed_until, makespan) for spans in computing),
+        peak_activations=tuple(max(alive for _, alive, _ in curve) for curve in curves),
+        peak_bytes=tuple(max(size for _, _, size in curve) for curve in curves),
+        operations=tuple(_counts(spans) for spans in computing),
+        spans=tuple(map(tuple, progress.spans)),
+        memory=curves,
+    )
+
+
+def _causes(spans: Sequence[Span], computed_until: float, makespan: float) -> Causes:
+    waits = list(_waits(spans))
+    dependency, communication = (sum(part) for part in zip(*waits, strict=True)) if waits else (0.0, 0.0)
+    last = spans[-1].end
+    return Causes(spans[0].start, dependency, communication, computed_until - last, makespan - computed_until)
+
+
+def _waits(spans: Sequence[Span]) -> Iterator[tuple[float, float]]:
+    """Of every gap between two computing spans, the time until the sender had done its part, and the rest."""
+    for before, span in pairwise(spans):
+        if span.start > before.end:
+            assert span.waited is not None, span
+            ready = min(max(span.waited.ready, before.end), span.start)
+            yield ready - before.end, span.start - ready
+
+
+def _counts(spans: Sequence[Span]) -> dict[str, int]:
+    kinds = [_kind(span) for span in spans]
+    return {name: kinds.count(name) for name in OPERATIONS}

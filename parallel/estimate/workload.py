@@ -1,0 +1,102 @@
+"""What is to be trained and how: the part of a configuration that decides costs, and the routing it leads to."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from model.config import ModelConfig
+from parallel.mesh import Layout
+
+Precision = Literal["fp8", "bf16", "fp32"]
+Recompute = Literal["none", "selective"]
+
+PRECISIONS: tuple[Precision, ...] = ("fp8", "bf16", "fp32")
+RECOMPUTES: tuple[Recompute, ...] = ("none", "selective")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes in sequences and tokens. Raises ValueError, naming the key, for what cannot be."""
+
+    model: ModelConfig
+    layout: Layout
+    schedule: str
+    sequence_length: int
+    micro_batch_size: int
+    microbatches: int
+    """Of one replica in one step, both directions together."""
+    precision: Precision
+    """Of the products of linear layers; head and router are BF16 where this is FP8."""
+    moment_bytes: int
+    """Of one of the optimizer's two moments, a parameter."""
+    recompute: Recompute = "none"
+    """``selective``: norms, MLA's up-projections and SwiGLU's output are made again in backward (DeepSeek-V3 report,
+    3.2.3 and 3.3.3)."""
+    mtp: int = 0
+    """Multi-token-prediction modules behind the last layer, each a projection, an MoE layer and a pass of the head."""
+    imbalance: float = 1.0
+    """Rows of the busiest expert-parallel rank over the mean: everybody waits for it."""
+
+    def __post_init__(self) -> None:
+        for key, known in (("precision", PRECISIONS), ("recompute", RECOMPUTES)):
+            if getattr(self, key) not in known:
+                raise ValueError(f"{key}={getattr(self, key)} must be {' or '.join(known)}")
+        if self.mtp < 0:
+            raise ValueError(f"mtp={self.mtp} must not be negative")
+        if not 1 <= self.imbalance <= self.layout.expert:
+            raise ValueError(f"imbalance={self.imbalance:g} must be from 1 to layout.expert ({self.layout.expert})")
+
+    @property
+    def tokens(self) -> int:
+        """Of one micro-batch."""
+        return self.micro_batch_size * self.sequence_length
+
+    @property
+    def step_tokens(self) -> int:
+        return self.tokens * self.microbatches * self.layout.data
+
+    @property
+    def activation_width(self) -> int:
+        """Bytes of a number of the residual stream."""
+        return 4 if self.precision == "fp32" else 2
+
+    def routes(self, ranks_per_node: int) -> "Routes":
+        c, expert = self.model, self.layout.expert
+        sizes = (c.n_routed_experts, c.num_experts_per_tok, c.n_group, c.topk_group)
+        return routes(*sizes, expert, min(ranks_per_node, expert))
+
+
+class Routes(NamedTuple):
+    """How far a token travels, on average, in an expert-parallel group."""
+
+    nodes: float  # distinct nodes that own one of its experts
+    ranks: float  # distinct ranks that do
+    remote_nodes: float  # those nodes that are not its own
+
+
+@cache
+def routes(experts: int, top_k: int, groups: int, top_groups: int, ranks: int, ranks_per_node: int) -> Routes:
+    """For independent uniform scores, which is what balanced experts look like from one token: the router's rule
+    (best groups by the sum of their two best scores, then the best experts inside them) on 4096 drawn tokens."""
+    tokens = 4096
+    scores_TE = np.random.default_rng(0).random((tokens, experts))
+    grouped_TGE = scores_TE.reshape(tokens, groups, -1)
+    group_TG = np.sort(grouped_TGE, axis=2)[:, :, -2:].sum(axis=2)
+    chosen_TG = np.argsort(group_TG, axis=1)[:, -top_groups:]
+    allowed_TG = np.zeros((tokens, groups), dtype=bool)
+    np.put_along_axis(allowed_TG, chosen_TG, True, axis=1)
+    masked_TE = np.where(np.repeat(allowed_TG, experts // groups, axis=1), scores_TE, -1.0)
+    indices_TK = np.argsort(masked_TE, axis=1)[:, -top_k:]
+    rank_TK = indices_TK // (experts // ranks)
+    nodes = -(-ranks // ranks_per_node)
+    distinct_nodes = _distinct(rank_TK // ranks_per_node, nodes)
+    return Routes(distinct_nodes, _distinct(rank_TK, ranks), distinct_nodes * (1 - 1 / nodes))
+
+
+def _distinct(place_TK: np.ndarray, places: int) -> float:
+    """The mean number of different values in a row."""
+    seen_TP = np.zeros((len(place_TK), places), dtype=bool)
+    np.put_along_axis(seen_TP, place_TK, True, axis=1)
+    return float(seen_TP.sum(axis=1).mean())

@@ -1,0 +1,108 @@
+"""Plans: the published run, sums that must hold, and what more or less of something must do."""
+
+from dataclasses import asdict, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parallel.estimate.fit import DoesNotFit, check
+from parallel.estimate.hardware import Cluster
+from parallel.estimate.plan import Plan, make_plan
+from parallel.estimate.run import faults
+from parallel.estimate.search import layouts, search
+from parallel.estimate.workload import Workload
+from parallel.mesh import Layout
+from tests.parallel.estimate.published import H800, PUBLISHED, RUN, smaller
+
+
+@pytest.fixture(scope="module")
+def published() -> Plan:
+    return make_plan(PUBLISHED, H800, RUN)
+
+
+def test_the_published_hours_of_deepseek_v3(published: Plan) -> None:
+    """180K H800 hours per trillion tokens (DeepSeek-V3 report, 1), within 3 %."""
+    assert published.gpu_hours_per_trillion_tokens == pytest.approx(180e3, rel=0.03)
+    assert published.fits  # it ran
+
+
+def test_ranks_count_the_same_operations_as_the_published_schedule(published: Plan) -> None:
+    """97 + h pairs on rank h of the outer half, 103 in the middle, whose first pair is apart; 120 of each in all."""
+    pairs = [counts["FB"] for counts in published.result.operations]
+    assert pairs[:8] == [97, 98, 99, 100, 101, 102, 103, 103]
+    assert pairs[8:] == pairs[7::-1]
+
+
+@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev", "gpipe", "1f1b", "interleaved", "zb1p", "zbv"])
+def test_the_seconds_of_every_rank_add_up_to_the_step(schedule: str) -> None:
+    plan = make_plan(smaller(schedule=schedule), H800, RUN)
+    for rank in plan.seconds:
+        assert sum(asdict(rank).values()) == pytest.approx(plan.step_seconds)
+        assert min(asdict(rank).values()) >= 0
+    assert sum(plan.to_json()["bubble_by_cause"].values()) == pytest.approx(
+        sum(rank.bubble_s for rank in plan.seconds) / 4
+    )
+
+
+SLOWER = st.sampled_from(["nvlink_gb_per_s", "ib_gb_per_s", "memory_gb_per_s", "bf16_tflops", "fp8_tflops"])
+
+
+@settings(max_examples=25, deadline=None)
+@given(SLOWER, st.floats(0.05, 1.0), st.sampled_from([8, 64]), st.sampled_from(["dualpipe", "1f1b", "zbv"]))
+def test_less_of_a_rate_never_makes_a_step_faster(key: str, share: float, expert: int, schedule: str) -> None:
+    workload = smaller(layout=Layout(pipeline=4, data=64, expert=expert), schedule=schedule)
+    slower = replace(H800, **{key: getattr(H800, key) * share})
+    assert _step(workload, slower) >= _step(workload, H800) * (1 - 1e-12)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.floats(1.0, 4.0))
+def test_imbalance_and_waiting_never_make_a_step_faster(factor: float) -> None:
+    waiting = replace(H800, combine_forward_skew_us=H800.combine_forward_skew_us * factor)
+    assert _step(smaller(imbalance=factor), H800) >= _step(smaller(), H800)
+    assert _step(smaller(), waiting) >= _step(smaller(), H800)
+
+
+def test_more_memory_never_makes_fewer_layouts_feasible() -> None:
+    workload = smaller(layout=Layout(pipeline=4, data=32, expert=32), microbatches=8)
+    feasible: set[Workload] = set()
+    for size in (100.0, 200.0, 400.0):
+        found = search(workload, replace(H800, memory_gb=size), RUN, simulated=0)
+        assert found.tried == len(list(layouts(workload)))
+        larger = {candidate.workload for candidate in found.candidates}
+        assert feasible <= larger
+        feasible = larger
+    assert feasible
+
+
+def test_the_search_finds_no_layout_slower_than_the_one_given() -> None:
+    found = search(smaller(microbatches=16), replace(H800, memory_gb=200.0), RUN, simulated=3)
+    assert found.plans[0].step_seconds <= _step(smaller(microbatches=16), H800)
+    assert found.plans == sorted(found.plans, key=lambda plan: plan.step_seconds)
+    closed = {candidate.workload: candidate.step_seconds for candidate in found.candidates}
+    for plan in found.plans:
+        assert plan.step_seconds == pytest.approx(closed[plan.workload], rel=0.2)
+
+
+def test_a_layout_that_does_not_fit_says_where_by_how_much_and_what_would_help() -> None:
+    plan = make_plan(smaller(precision="bf16", recompute="none"), replace(H800, memory_gb=250.0), RUN)
+    need, usable = plan.memory[plan.fullest_rank].total / 1e9, plan.usable_bytes / 1e9
+    with pytest.raises(DoesNotFit) as refused:
+        check(plan)
+    assert f"pipeline rank {plan.fullest_rank} needs {need:.1f} GB, {need - usable:.1f} GB more" in str(refused.value)
+    assert "with recompute=selective it fits" in str(refused.value)
+
+
+@given(st.floats(1.0, 1e5), st.integers(1, 1 << 15))
+def test_no_interval_between_checkpoints_beats_the_computed_one(interval: float, gpus: int) -> None:
+    assert faults(H800, gpus, interval).effective_fraction <= faults(H800, gpus, None).effective_fraction + 1e-12
+
+
+@given(st.integers(1, 1 << 14))
+def test_more_gpus_train_a_smaller_share_of_the_time(gpus: int) -> None:
+    assert faults(H800, 2 * gpus, None).effective_fraction < faults(H800, gpus, None).effective_fraction
+
+
+def _step(workload: Workload, cluster: Cluster) -> float:
+    return make_plan(workload, cluster, RUN).step_seconds
