@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dualpipe.overlap import Phase
 from dualpipe.program import Op
@@ -25,26 +26,36 @@ Deferred = list[tuple[nn.Parameter, Contribution]]
 
 @dataclass
 class Graph:
-    """One piece of autograd graph, from its detached inputs to its outputs."""
+    """One piece of autograd graph: its detached inputs, and the edges at its other end, None for an output without a
+    gradient. It holds what its operations saved, and no output for its own sake."""
 
     inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    edges: tuple[GradientEdge | None, ...]
 
     def backward(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """Gradients of the inputs from those of the outputs; None for an output that carries none."""
-        pairs = [(o, g) for o, g in zip(self.outputs, gradients, strict=True) if g is not None and o.requires_grad]
-        outputs, gradients = zip(*pairs, strict=True)
-        found = torch.autograd.grad(outputs, self.inputs, gradients, materialize_grads=True)
-        self.inputs = self.outputs = ()
+        pairs = [(e, g) for e, g in zip(self.edges, gradients, strict=True) if g is not None and e is not None]
+        edges, gradients = zip(*pairs, strict=True)
+        if self.inputs:
+            found = torch.autograd.grad(edges, self.inputs, gradients, materialize_grads=True)
+        else:  # whatever is behind these edges takes its gradient itself
+            torch.autograd.backward(edges, gradients)
+            found = ()
+        self.inputs = self.edges = ()
         return found
 
 
-def run_graph(function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> Graph:
-    """Call ``function`` on detached copies of ``inputs``; in no-grad mode nothing is recorded."""
+def run_graph(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor
+) -> tuple[Graph, tuple[Tensor, ...]]:
+    """Call ``function`` on detached copies of ``inputs`` -> the graph, and the detached outputs; in no-grad mode
+    nothing is recorded."""
     if torch.is_grad_enabled():
         inputs = tuple(x.detach().requires_grad_() for x in inputs)
     outputs = function(*inputs)
-    return Graph(inputs, outputs if isinstance(outputs, tuple) else (outputs,))
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    edges = tuple(get_gradient_edge(o) if o.requires_grad else None for o in outputs)
+    return Graph(inputs, edges), tuple(o.detach() for o in outputs)
 
 
 @dataclass
@@ -73,14 +84,17 @@ class LayerForward:
         self.block, self.exchange, self.rotations, self.routed = block, exchange, rotations, routed
         self.kept = LayerRun()
         self._x_BSD = x_BSD
+        self._y_RD: Tensor | None = None
         self._dispatched: Pending[Dispatched] | None = None
         self._combined: Pending[Tensor] | None = None
 
     def run(self, phase: Phase) -> None:
         match phase:
             case Phase.ATTENTION:
-                self.kept.attention = run_graph(lambda x: _attention(self.block, x, self.rotations), self._x_BSD)
-                self._h_BSD, self._u_BSD, *self._routing = (t.detach() for t in self.kept.attention.outputs)
+                self.kept.attention, outputs = run_graph(
+                    lambda x: _attention(self.block, x, self.rotations), self._x_BSD
+                )
+                self._h_BSD, self._u_BSD, *self._routing = outputs
             case Phase.DISPATCH if self._routing:
                 weights_TK, balance, indices_TK = self._routing
                 self._dispatched = self.exchange.dispatch(self._u_BSD.flatten(0, 1), weights_TK, indices_TK)
@@ -88,8 +102,9 @@ class LayerForward:
             case Phase.MLP:
                 self._mlp()
             case Phase.COMBINE if self._routing:
-                assert self.kept.experts is not None
-                self._combined = self.exchange.combine(self.kept.experts.outputs[0].detach(), self.kept.layout)
+                assert self._y_RD is not None
+                self._combined = self.exchange.combine(self._y_RD, self.kept.layout)
+                self._y_RD = None
             case Phase.DISPATCH | Phase.COMBINE:
                 pass  # a dense layer's tokens stay
             case _:
@@ -102,11 +117,11 @@ class LayerForward:
     def _mlp(self) -> None:
         self._out_BSD = self._h_BSD
         if self.block.mlp is not None:
-            self.kept.local = run_graph(self.block.local_phase, self._u_BSD)
-            self._out_BSD = self._h_BSD + self.kept.local.outputs[0].detach()
+            self.kept.local, (s_BSD,) = run_graph(self.block.local_phase, self._u_BSD)
+            self._out_BSD = self._h_BSD + s_BSD
         if self._dispatched is not None:
             arrived = self._dispatched.wait()
-            self.kept.experts = run_graph(
+            self.kept.experts, (self._y_RD,) = run_graph(
                 lambda rows, weights: self.block.expert_phase(rows, weights, arrived.ends_E),
                 arrived.rows_RD,
                 arrived.weights_R,

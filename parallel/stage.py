@@ -135,15 +135,15 @@ class _Forward:
         if not stage.model.last:
             return self._x_BSD
         targets = stage._tokens[self.work.microbatch][:, 1:]
-        self.kept.head = run_graph(lambda x: stage.model.cross_entropy(x, targets), self._x_BSD)
-        stage.cross_entropy += self.kept.head.outputs[0].detach()
+        self.kept.head, (cross_entropy,) = run_graph(lambda x: stage.model.cross_entropy(x, targets), self._x_BSD)
+        stage.cross_entropy += cross_entropy
         return None
 
     def _embed(self) -> Tensor:
         embed = self.stage.model.embed
         assert embed is not None
-        x_BSD: Tensor = embed(self.stage._tokens[self.work.microbatch][:, :-1].clamp_min(0))
-        self.kept.embedding = Graph((), (x_BSD,))
+        tokens = self.stage._tokens[self.work.microbatch][:, :-1].clamp_min(0)
+        self.kept.embedding, (x_BSD,) = run_graph(lambda: embed(tokens))
         return x_BSD
 
     def _next_layer(self) -> None:
@@ -197,8 +197,7 @@ class _Backward:
         embedding = self.kept.embedding
         if embedding is None:
             return self._gradient_BSD
-        torch.autograd.backward(embedding.outputs, (self._gradient_BSD,))
-        embedding.outputs = ()
+        embedding.backward([self._gradient_BSD])
         return None
 
     def _leave_layer(self) -> None:

@@ -89,9 +89,8 @@ def _operand_bytes(workload: Workload) -> float:
 def _kept_bytes(workload: Workload) -> tuple[float, Callable[[int], float]]:
     """(of a token in attention and norms, of a row in an MLP of some width) where nothing is made again.
 
-    As ``parallel/stage.py`` runs a layer: inputs of norms and products; queries, keys, values and results of the core,
-    all as wide as the keys (``model.attention.attend``); SwiGLU's input and output; and the MLP's result, which stays
-    as the root of its graph.
+    As ``parallel/layer.py`` runs a layer: inputs of norms and products; queries, keys, values and results of the core,
+    all as wide as the keys (``model.attention.attend``); SwiGLU's input and output. Results of the MLP are sent on.
     """
     c, width, operand = workload.model, workload.activation_width, _operand_bytes(workload)
     heads, latents = c.num_attention_heads, (c.q_lora_rank or 0) + c.kv_lora_rank
@@ -101,7 +100,7 @@ def _kept_bytes(workload: Workload) -> tuple[float, Callable[[int], float]]:
     token += heads * (4 * c.qk_head_dim * width + c.v_head_dim * operand)
 
     def row(intermediate: int) -> float:
-        return 3 * intermediate * operand + (c.hidden_size * width if intermediate else 0)
+        return 3 * intermediate * operand
 
     return token, row
 
