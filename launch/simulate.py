@@ -14,6 +14,8 @@ from dualpipe.load import load as load_program
 from dualpipe.lower import lower
 from dualpipe.program import Program, dump
 from dualpipe.schedules import SCHEDULES, check, generate, stages
+from dualpipe.search import NAME as SEARCH
+from dualpipe.search import Budget, Found, search
 from dualpipe.simulate import Simulation, simulate
 from launch import output, simulate_table
 
@@ -35,11 +37,17 @@ it holds at once.
 examples:
   dualpipe simulate --schedule dualpipe --ranks 8 --microbatches 20 --cost F=1,I=1,W=1,FB=3
   dualpipe simulate --compare --ranks 8 --microbatches 32 --cost F=1,I=1,W=1,FB=2.5,p2p=0.1
-  dualpipe simulate configs/tiny-cpu.yaml --html step.html --trace step.json"""
+  dualpipe simulate configs/tiny-cpu.yaml --html step.html --trace step.json
+  dualpipe simulate --compare-run runs/tiny-cpu --html both.html"""
 
 _DEFAULTS = ("dualpipe", 8, 20)
+_COST = "F=1,I=1,W=1,FB=3"
 # Operations of one kind, stages x micro-batches: 2 KB and 30 microseconds each. DeepSeek-V3's step has 1920.
 _LARGEST = 1_000_000
+# A search plays thousands of programs of twice the ranks' stages.
+_LARGEST_SEARCH = 50_000
+_BUDGET = "5000"
+_SEARCH_OPTIONS = ("memory_limit", "budget", "seed", "placement")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -53,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         _check_together(args)
-        print(_compare(args) if args.compare else _one(args))
+        print(_compare_run(args) if args.compare_run is not None else _compare(args) if args.compare else _one(args))
         sys.stdout.flush()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -64,10 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _one(args: argparse.Namespace) -> str:
     """Simulate one program, write the files asked for, and return what is to be printed."""
     costs = _costs(args)
-    program = _program(args)
+    found = _search(args, costs) if args.schedule == SEARCH else None
+    program = found.program if found else _program(args)
     if args.text:
         return dump(program).rstrip("\n")
-    result = simulate(program, costs)
+    result = found.result if found else simulate(program, costs)
     if args.svg:
         from dualpipe.draw.svg import svg
 
@@ -78,8 +87,33 @@ def _one(args: argparse.Namespace) -> str:
         _write("--html", args.html, html(result))
     _write_trace(args, [result])
     if args.json:
-        return json.dumps(result.to_json())
-    return simulate_table.report(program, result, *_terminal())
+        return json.dumps(simulate_table.searched_json(found) if found else result.to_json())
+    report = simulate_table.report(program, result, *_terminal())
+    return "\n".join([report, *simulate_table.searched(found)]) if found else report
+
+
+def _search(args: argparse.Namespace, costs: Costs) -> Found:
+    """Find a program. The costs are those of a stage when each rank has one."""
+    _, ranks, microbatches = _sizes(args)
+    if args.chunks is not None:
+        raise ValueError(f"--chunks {args.chunks} and --schedule {SEARCH} exclude each other: --placement chooses")
+    if 2 * ranks * microbatches > _LARGEST_SEARCH:
+        sizes = f"--ranks {ranks} and --microbatches {microbatches}"
+        raise ValueError(f"{sizes}: a search takes at most {_LARGEST_SEARCH // 2} for their product")
+    limit = float("inf") if args.memory_limit is None else args.memory_limit
+    budget = Budget.parse(_BUDGET if args.budget is None else args.budget)
+    allowed = args.placement.split(",") if args.placement is not None else None
+    watched = sys.stderr.isatty()
+    try:
+        return search(ranks, microbatches, costs, limit, budget, args.seed or 0, allowed, _show if watched else None)
+    finally:
+        if watched:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _show(tried: int, makespan: float) -> None:
+    if tried % 100 == 1:
+        print(f"\rsearching: {tried} orders tried, makespan {makespan:g}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _compare(args: argparse.Namespace) -> str:
@@ -101,6 +135,25 @@ def _compare(args: argparse.Namespace) -> str:
     if args.json:
         return json.dumps([row.to_json(ranks, microbatches) for row in rows])
     return simulate_table.comparison(rows, ranks, microbatches)
+
+
+def _compare_run(args: argparse.Namespace) -> str:
+    """Lay a recorded run over its simulation, write the files asked for, and return what is to be printed."""
+    from launch import compare_run
+
+    recording, found = compare_run.load(args.compare_run)
+    both = found.measured, found.simulated
+    if args.svg or args.html:
+        from dualpipe.draw import overlay
+
+        for option, path, draw in (("--svg", args.svg, overlay.svg), ("--html", args.html, overlay.html)):
+            if path:
+                _write(option, path, draw(*both))
+    named = zip(both, ("measured", "simulated"), strict=True)
+    _write_trace(args, [dataclasses.replace(one, schedule=f"{one.schedule}, {name}") for one, name in named])
+    if args.json:
+        return json.dumps(compare_run.to_json(args.compare_run, recording, found))
+    return compare_run.report(recording, found, _terminal()[0])
 
 
 def _costs(args: argparse.Namespace) -> Costs:
@@ -180,6 +233,16 @@ def _check_together(args: argparse.Namespace) -> None:
         given += ["--compare"] if args.compare else []
         if given:
             raise ValueError(f"--program {args.program} and {given[0]} exclude each other: the file says it all")
+    if args.compare_run is not None:
+        given += ["CONFIG"] if args.config is not None else []
+        given += [f"--{name}" for name in ("program", "p2p") if getattr(args, name) is not None]
+        given += [f"--{name}" for name in ("compare", "text") if getattr(args, name)]
+        given += ["--cost"] if args.cost != _COST else []
+        if given:
+            raise ValueError(f"--compare-run {args.compare_run} and {given[0]} exclude each other: the run says it all")
+    of_search = [f"--{name.replace('_', '-')}" for name in _SEARCH_OPTIONS if getattr(args, name) is not None]
+    if of_search and args.schedule != SEARCH:
+        raise ValueError(f"{of_search[0]} is for --schedule {SEARCH} only")
     files = [f"--{name}" for name in ("svg", "html", "trace") if getattr(args, name) is not None]
     if args.text and files:
         raise ValueError(f"--text and {files[0]} exclude each other: --text simulates nothing")
@@ -200,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     name, ranks, microbatches = _DEFAULTS
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML configuration that has the next three")
-    parser.add_argument("--schedule", metavar="S", help=f"one of {', '.join(SCHEDULES)} (default {name})")
+    parser.add_argument("--schedule", metavar="S", help=f"one of {', '.join(SCHEDULES)} (default {name}), or {SEARCH}")
     parser.add_argument("--ranks", type=int, metavar="P", help=f"pipeline ranks, layout.pipeline (default {ranks})")
     parser.add_argument(
         "--microbatches", type=int, metavar="M", help=f"micro-batches a step, all directions (default {microbatches})"
@@ -209,9 +272,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--program", metavar="FILE", help="simulate a program's text, as --text prints it, instead")
     parser.add_argument("--compare", action="store_true", help="all schedules in one table, at the same model size")
     parser.add_argument(
-        "--cost", default="F=1,I=1,W=1,FB=3", metavar="KEY=VALUE,...", help="see below; default F=1,I=1,W=1,FB=3"
+        "--compare-run", metavar="RUN", help="a run trained with run.trace=true over its simulation at its own costs"
     )
+    parser.add_argument("--cost", default=_COST, metavar="KEY=VALUE,...", help=f"see below; default {_COST}")
     parser.add_argument("--p2p", type=float, metavar="TIME", help="latency of a message, as p2p in --cost (default 0)")
+    _add_search(parser)
     printed = parser.add_mutually_exclusive_group()
     printed.add_argument("--json", action="store_true", help="print one JSON object; with --compare a list of them")
     printed.add_argument("--text", action="store_true", help="print the program: every slot of every rank")
@@ -219,6 +284,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--html", metavar="FILE", help="write an interactive page that needs no network")
     parser.add_argument("--trace", metavar="FILE", help="write a trace for ui.perfetto.dev or chrome://tracing")
     return parser
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(f"with --schedule {SEARCH}", "find a program for these costs and this memory")
+    group.add_argument(
+        "--memory-limit",
+        type=float,
+        metavar="A",
+        help="the most a rank may hold, in activations of one micro-batch in 1/P of the model (default any)",
+    )
+    group.add_argument(
+        "--budget",
+        metavar="N|Ts",
+        help=f"how many orders to try, the same on every machine, or for how many seconds (default {_BUDGET})",
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="another seed, another search (default 0)")
+    group.add_argument(
+        "--placement", metavar="NAME,...", help="of linear, twins, v, interleaved, those to search (default all)"
+    )
 
 
 if __name__ == "__main__":
