@@ -5,16 +5,20 @@ possible and can fill its bubbles with gW, so the layer hands the pair (x, gy) t
 owns its parameters and returns. Nothing is run twice: the deferral sits inside the layer's own backward. Without an
 owner a layer is ordinary autograd, and that is the definition it is tested against.
 
+A layer computes its three products in the dtype of its input, or as its ``Products`` says.
+
 T tokens (rows), D inputs, F outputs, E experts, R rows sorted by expert.
 """
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.fp8.quantise import Quantised
 
 Contribution = Callable[[Tensor], None]
 """Adds one micro-batch's gradient to the FP32 buffer of a parameter."""
@@ -52,6 +56,34 @@ class Owned(nn.Module):
     """A module whose parameters' gradients may belong to somebody: ``owner`` is None under plain autograd."""
 
     owner: WeightGradients | None = None
+
+
+class Products(Protocol):
+    """How a linear layer computes in a narrower format than its input's (``model/fp8/linear.py``). Input gradients are
+    autograd's, weight gradients go to ``owner`` if there is one. ``ends_E``: for rows sorted by expert."""
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: nn.Parameter,
+        owner: WeightGradients | None,
+        ends_E: Tensor | None,
+        payload: Quantised | None = None,
+    ) -> Tensor:
+        """[..., D] -> [..., F] in the dtype of ``x``. ``payload``: ``x`` as it was quantised before; then the numbers
+        of ``x`` are not read, and it may be a ``model.fp8.payload.anchor``."""
+        ...
+
+    def swiglu_linear(
+        self,
+        x: Tensor,
+        weights_R: Tensor | None,
+        weight: nn.Parameter,
+        owner: WeightGradients | None,
+        ends_E: Tensor | None,
+    ) -> Tensor:
+        """The layer after ``model.mlp.swiglu`` of ``x`` and gate values ``weights_R``, [..., 2D] -> [..., F]."""
+        ...
 
 
 def own(module: nn.Module, owner: WeightGradients | None) -> None:
@@ -103,11 +135,15 @@ class _SplitLinear(torch.autograd.Function):
 class Linear(Owned):
     """y = x Wᵀ without a bias, in the dtype of ``x`` [..., D]; a weight [F, D] in BF16 serves an FP32 input too."""
 
+    products: Products | None = None
+
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.products is not None:
+            return self.products.linear(x, self.weight, self.owner, None)
         if self.owner is None:
             return F.linear(x, self.weight.to(x.dtype))
         return _SplitLinear.apply(x, self.weight, self.owner)
@@ -141,11 +177,17 @@ class GroupedLinear(Owned):
     ``x_RD``: [R, D]; ``ends_E``: int32 [E], cumulative; the last is R. R = 0 and experts without rows are ordinary.
     """
 
+    products: Products | None = None
+
     def __init__(self, experts: int, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
 
-    def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
+    def forward(self, x_RD: Tensor, ends_E: Tensor, payload: Quantised | None = None) -> Tensor:
+        """``payload``: for a layer with ``products``, as there."""
+        if self.products is not None:
+            return self.products.linear(x_RD, self.weight, self.owner, ends_E, payload)
+        assert payload is None, "a layer without products reads its input"
         if self.owner is None:
             return F.grouped_mm(x_RD, self.weight.transpose(1, 2), offs=ends_E)
         return _SplitGroupedLinear.apply(x_RD, self.weight, ends_E, self.owner)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.fp8.quantise import Quantised
 from model.linear import GroupedLinear, Linear, Owned
 
 
@@ -41,18 +42,24 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_T2F, weights_T = ctx.saved_tensors
-        gate, up = x_T2F.float().chunk(2, dim=-1)
-        gy = grads[0].float()
-        gx = torch.empty_like(x_T2F, dtype=torch.float32)
-        ggate, gup = gx.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), gy, out=gup)
-        gsilu, gweights_T = gy * up, None
-        if weights_T is not None:
-            gweights_T = torch.linalg.vecdot(gup, up)
-            gup.mul_(weights_T.unsqueeze(-1))
-            gsilu.mul_(weights_T.unsqueeze(-1))
-        torch.ops.aten.silu_backward.grad_input(gsilu, gate, grad_input=ggate)
-        return gx.to(x_T2F.dtype), gweights_T
+        gx_T2F, gweights_T = swiglu_backward(x_T2F, weights_T, grads[0])
+        return gx_T2F.to(x_T2F.dtype), gweights_T
+
+
+def swiglu_backward(x_T2F: Tensor, weights_T: Tensor | None, gy_TF: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the input and of the gate values, in FP32."""
+    gate, up = x_T2F.float().chunk(2, dim=-1)
+    gy = gy_TF.float()
+    gx = torch.empty_like(x_T2F, dtype=torch.float32)
+    ggate, gup = gx.chunk(2, dim=-1)
+    torch.mul(F.silu(gate), gy, out=gup)
+    gsilu, gweights_T = gy * up, None
+    if weights_T is not None:
+        gweights_T = torch.linalg.vecdot(gup, up)
+        gup.mul_(weights_T.unsqueeze(-1))
+        gsilu.mul_(weights_T.unsqueeze(-1))
+    torch.ops.aten.silu_backward.grad_input(gsilu, gate, grad_input=ggate)
+    return gx, gweights_T
 
 
 class MLP(Owned):
@@ -65,6 +72,8 @@ class MLP(Owned):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.gate_up(x)
+        if self.down.products is not None:
+            return self.down.products.swiglu_linear(h, None, self.down.weight, self.down.owner, None)
         return self.down(swiglu(h) if self.owner is None else _SwiGLU.apply(h, None))
 
 
@@ -78,7 +87,10 @@ class Experts(Owned):
         self.gate_up = GroupedLinear(len(experts), config.hidden_size, 2 * width)
         self.down = GroupedLinear(len(experts), width, config.hidden_size)
 
-    def forward(self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
-        h = self.gate_up(rows_RD, ends_E)
+    def forward(self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor, payload: Quantised | None = None) -> Tensor:
+        """``payload``: the rows as they came in FP8, for the layer's ``products``."""
+        h = self.gate_up(rows_RD, ends_E, payload)
+        if self.down.products is not None:
+            return self.down.products.swiglu_linear(h, weights_R, self.down.weight, self.down.owner, ends_E)
         y = swiglu(h, weights_R) if self.owner is None else _SwiGLU.apply(h, weights_R)
         return self.down(y, ends_E)

@@ -267,3 +267,38 @@ def test_what_a_micro_batch_kept_is_gone_after_its_weight_gradients(kind: str) -
     assert all(ref.expired() for ref in first + second)
     assert tensors_again == tensors
     assert buffer.grad_fn is None and not buffer.requires_grad
+
+
+class Doubled:
+    """``Products`` that shows what it was asked for: twice the layer, and nothing for the owner."""
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: nn.Parameter,
+        owner: WeightGradients | None,
+        ends_E: Tensor | None,
+        payload: object | None = None,
+    ) -> Tensor:
+        self.asked = weight, owner, ends_E, payload
+        rows = x if payload is None else payload
+        return 2 * rows @ (weight if ends_E is None else weight[0]).T
+
+
+def test_products_take_the_place_of_the_layers_own() -> None:
+    x, ends, payload = torch.randn(3, 8), torch.tensor([3], dtype=torch.int32), torch.randn(3, 8)
+    linear, grouped = filled(Linear(8, 4), seed=9), filled(GroupedLinear(1, 8, 4), seed=10)
+    own_results = linear(x), grouped(x, ends)
+    for module in (linear, grouped):
+        owner, _ = owned(module)
+        module.products = Doubled()
+    assert torch.equal(linear(x), 2 * x @ linear.weight.T)
+    assert linear.products.asked == (linear.weight, linear.owner, None, None)
+    assert torch.equal(grouped(x, ends, payload), 2 * payload @ grouped.weight[0].T)
+    assert grouped.products.asked == (grouped.weight, owner, ends, payload)
+    for module in (linear, grouped):
+        own(module, None)
+        module.products = None
+    assert torch.equal(linear(x), own_results[0]) and torch.equal(grouped(x, ends), own_results[1])
+    with pytest.raises(AssertionError, match="without products"):
+        grouped(x, ends, payload)

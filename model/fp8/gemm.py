@@ -1,0 +1,191 @@
+"""Products of quantised matrices: one definition, and the ways to compute it.
+
+    out[m, n] = sum over tiles k of 128 of   (sum over the tile of qa · qb)  ·  sa[m, k] · sb[n, k]
+
+with a [M, K] in ROW tiles and b [N, K] in ROW tiles or BLOCKs; the sum over tiles is in FP32, which is the promotion
+every 128 of K that Hopper's tensor cores need (report, 3.3.2). The three products of a linear layer y = x Wᵀ are
+
+    Fprop  y = x Wᵀ        x ROW                    W BLOCK
+    Dgrad  gx = gy W       gy ROW                   Wᵀ, whose tiles are BLOCKs too
+    Wgrad  gW = gyᵀ x      gyᵀ from gy in COLUMNs    xᵀ from x in COLUMNs
+
+each for one matrix or, with rows sorted by expert, for a matrix an expert.
+
+M, N outer dims, K summed dim, E experts, T tokens (rows), F outputs and D inputs of a layer, (E,) for experts alone.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.fp8.quantise import SIZE, Quantised, Tile, dequantise
+
+
+class PrecisionError(ValueError):
+    """FP8 was asked for where it cannot be had; one line that says what would work."""
+
+
+class Gemm(ABC):
+    """A way to compute products, in ``dtype``: FP32 or BF16. ``product`` is the one that a subclass needs."""
+
+    name: str
+
+    @abstractmethod
+    def product(self, a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
+        """[M, K] x [N, K] -> [M, N]."""
+
+    def by_rows(self, a: Quantised, b: Quantised, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
+        """[M, K] x [E, N, K] -> [M, N]: rows of ``a`` up to ``ends_E[e]`` with matrix e."""
+        out = a.scales.new_empty(a.stored.shape[0], b.stored.shape[1], dtype=dtype)
+        start = 0
+        for expert, stop in enumerate(ends_E.tolist()):
+            if start < stop:
+                out[start:stop] = self.product(a.rows(start, stop), b.matrix(expert), dtype)
+            start = stop
+        return out
+
+    def by_columns(self, a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
+        """[M, K] x [N, K] -> [E, M, N]: matrix e sums over the columns of expert e, as the ``ends_E`` of both say."""
+        assert a.ends_E is not None
+        pairs = zip(_columns(a), _columns(b), strict=True)
+        return torch.stack([self.product(x, y, dtype) for x, y in pairs])
+
+    def fprop(self, x: Quantised, w: Quantised, ends_E: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """[T, D], [(E,) F, D] -> [T, F]."""
+        return self.product(x, w, dtype) if ends_E is None else self.by_rows(x, w, ends_E, dtype)
+
+    def dgrad(self, gy: Quantised, w: Quantised, ends_E: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """[T, F], [(E,) F, D] -> [T, D]."""
+        return self.fprop(gy, w.t(), ends_E, dtype)
+
+    def wgrad(self, gy: Quantised, x: Quantised) -> Tensor:
+        """[T, F], [T, D], both in COLUMN tiles -> FP32 [(E,) F, D]."""
+        a, b = gy.t(), x.t()
+        return self.product(a, b, torch.float32) if a.ends_E is None else self.by_columns(a, b, torch.float32)
+
+
+class Reference(Gemm):
+    """The definition."""
+
+    name = "reference"
+
+    def product(self, a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
+        assert a.tile is Tile.ROW and b.tile in (Tile.ROW, Tile.BLOCK), (a.tile, b.tile)
+        qa, qb = a.stored.float(), b.stored.float()
+        sb = b.scales if b.tile is Tile.ROW else b.scales.repeat_interleave(SIZE, 0)[: len(qb)]
+        out = qa.new_zeros(len(qa), len(qb))
+        for k in range(a.scales.shape[1]):
+            part = slice(k * SIZE, (k + 1) * SIZE)
+            out += (qa[:, part] @ qb[:, part].t()) * a.scales[:, k, None] * sb[:, k]
+        return out.to(dtype)
+
+
+class Emulated(Gemm):
+    """Anywhere: the scales go into the operands, and one FP32 product does the rest. Products of two E4M3 numbers are
+    exact in FP32 and so is a power-of-two scale; another one costs a rounding of each operand, 2^-24."""
+
+    name = "emulated"
+
+    def product(self, a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
+        return F.linear(_widened(a), _widened(b)).to(dtype)
+
+    def by_rows(self, a: Quantised, b: Quantised, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.grouped_mm(_widened(a), _widened(b).transpose(1, 2), offs=ends_E).to(dtype)
+
+    def by_columns(self, a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
+        return F.grouped_mm(_widened(a), _widened(b).t(), offs=a.ends_E).to(dtype)
+
+
+def _widened(q: Quantised) -> Tensor:
+    """The numbers in FP32, in the order in which memory holds them: an operand is often a transpose, and one with
+    ``ends_E`` always."""
+    turned = q.ends_E is not None or not q.stored.is_contiguous()
+    return dequantise(q.t()).transpose(-1, -2) if turned else dequantise(q)
+
+
+class ScaledMM(Gemm):
+    """Hopper's tensor cores through torch's block-scaled product, which cuBLAS has since CUDA 12.9. Sizes are padded to
+    multiples of 16, and of 128 along K; both operands have K contiguous. Experts take turns."""
+
+    name = "scaled_mm"
+
+    def product(self, a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
+        if not (a.stored.numel() and b.stored.numel()):
+            return a.scales.new_zeros(a.stored.shape[0], b.stored.shape[0], dtype=dtype)
+        return scaled_mm(*_operand(a), *_operand(b), dtype)[: a.stored.shape[0], : b.stored.shape[0]]
+
+
+def scaled_mm(a: Tensor, sa: Tensor, a_tile: Tile, b: Tensor, sb: Tensor, b_tile: Tile, dtype: torch.dtype) -> Tensor:
+    recipe = {Tile.ROW: F.ScalingType.BlockWise1x128, Tile.BLOCK: F.ScalingType.BlockWise128x128}
+    return F.scaled_mm(a, b.t(), sa, recipe[a_tile], sb, recipe[b_tile], output_dtype=dtype)
+
+
+def _operand(q: Quantised) -> tuple[Tensor, Tensor, Tile]:
+    """A matrix as cuBLAS wants it. Scales of ROW tiles stand column by column, [rows, K / 128]; those of BLOCKs are
+    transposed, [K / 128, rows / 128], with K / 128 padded to a multiple of 4 and contiguous."""
+    rows, width = q.stored.shape
+    padding = (0, -width % SIZE, 0, -rows % 16)
+    # Torch pads bytes, not float8; zero bytes are zeros.
+    stored = F.pad(q.stored.view(torch.uint8), padding).contiguous().view(torch.float8_e4m3fn)
+    if q.tile is Tile.ROW:
+        return stored, F.pad(q.scales, (0, 0, 0, padding[3])).t().contiguous().t(), q.tile
+    return stored, F.pad(q.scales, (0, -q.scales.shape[1] % 4)).contiguous().t(), q.tile
+
+
+def _columns(q: Quantised) -> list[Quantised]:
+    """The columns of each expert, in ROW tiles of their own."""
+    assert q.ends_E is not None and q.tile is Tile.ROW, q
+    found, start, first = [], 0, 0
+    for stop in q.ends_E.tolist():
+        last = first - (start - stop) // SIZE
+        part = q.stored[:, start:stop], q.scales[:, first:last]
+        found.append(Quantised(*part, q.tile, q.format, stop - start))
+        start, first = stop, last
+    return found
+
+
+BACKENDS: dict[str, type[Gemm]] = {of.name: of for of in (Reference, Emulated, ScaledMM)}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to compute products, and why it is this one."""
+
+    gemm: Gemm
+    reason: str
+
+    def __str__(self) -> str:
+        return f"FP8 products: {self.gemm.name} ({self.reason})"
+
+
+def choose(name: str, device: torch.device) -> Choice:
+    """``name``: a backend or "auto", the fastest that ``device`` has. Raises PrecisionError for one that it has not."""
+    lacking = _lacks_scaled_mm(device)
+    if name == "auto":
+        if lacking is None:
+            return Choice(ScaledMM(), "auto: the device has Hopper's FP8 tensor cores")
+        return Choice(Emulated(), f"auto: {lacking}")
+    if name not in BACKENDS:
+        raise PrecisionError(f"FP8 backend {name!r} must be auto, {', '.join(BACKENDS)}")
+    if name == ScaledMM.name and lacking is not None:
+        raise PrecisionError(
+            f"FP8 backend scaled_mm needs a Hopper GPU (SM90) and torch built with CUDA 12.9 or newer, and {lacking}; "
+            f"'emulated' computes the same anywhere"
+        )
+    return Choice(BACKENDS[name](), "as asked")
+
+
+def _lacks_scaled_mm(device: torch.device) -> str | None:
+    """What ``device`` lacks for ``ScaledMM``, or None."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        return f"{torch.cuda.get_device_name(device)} is SM{capability[0]}{capability[1]}"
+    version = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
+    if version < (12, 9):
+        return f"this torch is built with CUDA {torch.version.cuda}"
+    return None

@@ -1,0 +1,168 @@
+"""The three products of a linear layer in FP8, and what it keeps for its backward (DeepSeek-V3 report, 3.3).
+
+    forward          y = Fprop(x in ROW tiles, W in BLOCKs)             keeps x in ROW tiles: a byte for each number
+    backward (I)     gx = Dgrad(gy in ROW tiles, W in BLOCKs)           keeps gy in COLUMN tiles until W
+    backward (W)     gW += Wgrad(gy in COLUMN tiles, x from ROW into COLUMN tiles)
+
+Everything that W needs is fixed by I, so that it gives the same bits whenever it is run. W is quantised from the
+parameter each time; masters and gradients stay FP32 and are the business of whoever owns them. After SwiGLU the layer
+keeps SwiGLU's input instead of its own, and makes its own again.
+
+T tokens (rows, R if sorted by expert), D inputs, F outputs, (E,) for experts alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.fp8.formats import E4M3, Format
+from model.fp8.gemm import Gemm
+from model.fp8.quantise import Quantised, Scale, Tile, dequantise, quantise, requantise
+from model.linear import WeightGradients
+from model.mlp import swiglu, swiglu_backward
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """In what a layer's numbers are held. ``stored``: the format of the input's copy for backward; an E5M6 one has
+    power-of-two scales."""
+
+    input_scale: Scale = Scale.FP32
+    gradient_scale: Scale = Scale.FP32
+    stored: Format = E4M3
+
+
+class Fp8Products:
+    """``model.linear.Products`` in FP8."""
+
+    def __init__(self, gemm: Gemm, recipe: Recipe) -> None:
+        self.gemm, self.recipe = gemm, recipe
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: nn.Parameter,
+        owner: WeightGradients | None,
+        ends_E: Tensor | None,
+        payload: Quantised | None = None,
+    ) -> Tensor:
+        y: Tensor = _Fp8Linear.apply(x, weight, owner, ends_E, self, payload)
+        return y
+
+    def swiglu_linear(
+        self,
+        x: Tensor,
+        weights_R: Tensor | None,
+        weight: nn.Parameter,
+        owner: WeightGradients | None,
+        ends_E: Tensor | None,
+    ) -> Tensor:
+        y: Tensor = _Fp8SwiGLULinear.apply(x, weights_R, weight, owner, ends_E, self)
+        return y
+
+    def operand(self, x_TD: Tensor) -> Quantised:
+        """The input as Fprop takes it."""
+        return quantise(x_TD, Tile.ROW, self.recipe.input_scale)
+
+    def kept(self, x_TD: Tensor, operand: Quantised) -> Quantised:
+        """The input as it is kept for Wgrad."""
+        if self.recipe.stored is E4M3:
+            return operand
+        return quantise(x_TD, Tile.ROW, Scale.POWER_OF_TWO, self.recipe.stored)
+
+    def output(self, operand: Quantised, weight: Tensor, ends_E: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return self.gemm.fprop(operand, quantise(weight, Tile.BLOCK), ends_E, dtype)
+
+    def input_gradient(self, gy_TF: Tensor, weight: Tensor, ends_E: Tensor | None, dtype: torch.dtype) -> Tensor:
+        gy = quantise(gy_TF, Tile.ROW, self.recipe.gradient_scale)
+        return self.gemm.dgrad(gy, quantise(weight, Tile.BLOCK), ends_E, dtype)
+
+    def gradient_columns(self, gy_TF: Tensor, ends_E: Tensor | None) -> Quantised:
+        """The output gradient as Wgrad takes it."""
+        return quantise(gy_TF, Tile.COLUMN, self.recipe.gradient_scale, ends_E=ends_E)
+
+    def input_columns(self, kept: Quantised, ends_E: Tensor | None) -> Quantised:
+        """The input as Wgrad takes it."""
+        return requantise(kept, Tile.COLUMN, self.recipe.input_scale, ends_E)
+
+    def remade_columns(self, swiglu_input: Tensor, weights_T: Tensor | None, ends_E: Tensor | None) -> Quantised:
+        """The same from SwiGLU's input."""
+        return quantise(swiglu(swiglu_input, weights_T), Tile.COLUMN, self.recipe.input_scale, ends_E=ends_E)
+
+
+class _Fp8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: nn.Parameter,
+        owner: WeightGradients | None,
+        ends_E: Tensor | None,
+        products: Fp8Products,
+        payload: Quantised | None,
+    ) -> Tensor:
+        x_TD = x.reshape(-1, x.shape[-1]) if payload is None else x
+        operand = products.operand(x_TD) if payload is None else payload
+        kept = products.kept(x_TD, operand)
+        ctx.save_for_backward(kept.stored, kept.scales, weight, ends_E)
+        ctx.weight, ctx.owner, ctx.products, ctx.dtype, ctx.shape = weight, owner, products, x.dtype, x.shape
+        return products.output(operand, weight, ends_E, x.dtype).view(*x.shape[:-1], weight.shape[-2])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        stored, scales, weight, ends_E = ctx.saved_tensors
+        products, gx = ctx.products, None
+        gy_TF = grads[0].reshape(-1, grads[0].shape[-1])
+        if ctx.needs_input_grad[0]:
+            gx = products.input_gradient(gy_TF, weight, ends_E, ctx.dtype).view(ctx.shape)
+        kept = Quantised(stored, scales, Tile.ROW, products.recipe.stored, ctx.shape[-1])
+        gy = products.gradient_columns(gy_TF, ends_E)
+        gw = _deliver(
+            ctx, ctx.needs_input_grad[1], lambda: products.gemm.wgrad(gy, products.input_columns(kept, ends_E))
+        )
+        return gx, gw, None, None, None, None
+
+
+class _Fp8SwiGLULinear(torch.autograd.Function):
+    """Keeps the input of SwiGLU in FP8 (report, 3.3.3); the forward's own output is made from the wide one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights_T: Tensor | None,
+        weight: nn.Parameter,
+        owner: WeightGradients | None,
+        ends_E: Tensor | None,
+        products: Fp8Products,
+    ) -> Tensor:
+        x_T2D = x.reshape(-1, x.shape[-1])
+        kept = quantise(x_T2D, Tile.ROW)
+        ctx.save_for_backward(kept.stored, kept.scales, weights_T, weight, ends_E)
+        ctx.weight, ctx.owner, ctx.products, ctx.dtype, ctx.shape = weight, owner, products, x.dtype, x.shape
+        operand = products.operand(swiglu(x_T2D, weights_T))
+        return products.output(operand, weight, ends_E, x.dtype).view(*x.shape[:-1], weight.shape[-2])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        stored, scales, weights_T, weight, ends_E = ctx.saved_tensors
+        products = ctx.products
+        gy_TF = grads[0].reshape(-1, grads[0].shape[-1])
+        x_T2D = dequantise(Quantised(stored, scales, Tile.ROW, E4M3, ctx.shape[-1]))
+        gswiglu_TD = products.input_gradient(gy_TF, weight, ends_E, torch.float32)
+        gx_T2D, gweights_T = swiglu_backward(x_T2D, weights_T, gswiglu_TD)
+        columns = products.remade_columns(x_T2D, weights_T, ends_E)
+        gy = products.gradient_columns(gy_TF, ends_E)
+        gw = _deliver(ctx, ctx.needs_input_grad[2], lambda: products.gemm.wgrad(gy, columns))
+        return gx_T2D.to(ctx.dtype).view(ctx.shape), gweights_T, gw, None, None, None
+
+
+def _deliver(ctx: Any, needed: bool, gradient: Callable[[], Tensor]) -> Tensor | None:
+    """Leave the weight gradient to the owner for later, or give it to autograd."""
+    if ctx.owner is not None:
+        ctx.owner.defer(ctx.weight, lambda buffer: buffer.add_(gradient()))
+        return None
+    return gradient().to(ctx.weight.dtype) if needed else None
