@@ -8,14 +8,15 @@ All are started once and stay; they take turns, a few steps at a time, while the
 time is user and system time of all its threads (getrusage), gloo's included, from before its steps to after them; a
 step's is the sum over the ranks. Waiting costs none: nothing here spins.
 
-Where ranks outnumber cores they also evict each other's caches, which costs CPU time without a word being said.
-``--crowd`` measures that share: as many processes as there are ranks, each a world of its own with the whole batch,
-all at once; theirs is the CPU time a process.
+The ranks keep every core busy, one process keeps one, and cores slow each other down (caches, memory, clock) without a
+word being said between processes. So the baseline is measured twice: alone, and as one of as many strangers as there
+are cores, each a world of its own with the whole batch, all at once; theirs is the CPU time a process.
 """
 
 import argparse
 import json
 import multiprocessing as mp
+import os
 import resource
 import statistics
 import sys
@@ -181,12 +182,11 @@ def _serve(pipe: Connection, config: Config, store: Path, rank: int) -> None:
         pipe.send((traceback.format_exc(), None))
 
 
-def compare(config: Config, rounds: int, steps: int, crowd: bool, profile: bool, console: Console) -> dict[str, Any]:
+def compare(config: Config, rounds: int, steps: int, profile: bool, console: Console) -> dict[str, Any]:
     """All sides in turns; the first turn of each is a warm-up."""
     alone = replace(config, layout=replace(config.layout, pipeline=1, data=1, expert=1))
-    wanted = {"ranks": (config, 1), "single": (alone, 1)}
-    if crowd:
-        wanted["crowd"] = (alone, config.layout.world_size)
+    cores = min(len(os.sched_getaffinity(0)), config.layout.world_size)
+    wanted = {"ranks": (config, 1), "single": (alone, 1), "busy": (alone, cores)}
     with started(list(wanted.values())) as groups:
         contestants = dict(zip(wanted, groups, strict=True))
         usages: dict[str, list[Usage]] = {name: [] for name in contestants}
@@ -197,7 +197,10 @@ def compare(config: Config, rounds: int, steps: int, crowd: bool, profile: bool,
             for name, group in contestants.items():
                 console.print(f"{name}: one step of rank 0 by operator\n{group.top_operators()}", soft_wrap=True)
     measured = {name: of[1:] for name, of in usages.items()}
-    by_round = [r.cpu_s / s.cpu_s for r, s in zip(measured["ranks"], measured["single"], strict=True)]
+    by_round = {
+        against: [r.cpu_s / s.cpu_s for r, s in zip(measured["ranks"], measured[against], strict=True)]
+        for against in ("single", "busy")
+    }
     cpu = {name: statistics.median(u.cpu_s for u in of) for name, of in measured.items()}
     return {
         "precision": config.precision.compute,
@@ -209,9 +212,9 @@ def compare(config: Config, rounds: int, steps: int, crowd: bool, profile: bool,
         "system_s": {name: statistics.median(u.system_s for u in of) for name, of in measured.items()},
         "switches": {name: statistics.median(u.switches for u in of) for name, of in measured.items()},
         "last_loss": {name: of[-1].loss for name, of in measured.items()},
+        "cores": cores,
         "ratio_by_round": by_round,
-        "ratio": cpu["ranks"] / cpu["single"],
-        "crowd_ratio": cpu["crowd"] / cpu["single"] if crowd else None,
+        "ratio": {against: cpu["ranks"] / cpu[against] for against in by_round},
     }
 
 
@@ -220,8 +223,8 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
     table = Table(title=title)
     for column in ("", "CPU s", "user s", "system s", "context switches", "loss at the end"):
         table.add_column(column, justify="right" if column else "left")
-    labels = {"ranks": f"{result['world_size']} ranks together", "single": "one process"}
-    labels["crowd"] = f"one of {result['world_size']} strangers at once"
+    labels = {"ranks": f"{result['world_size']} ranks together", "single": "one process, alone"}
+    labels["busy"] = f"one process of {result['cores']} strangers, one a core"
     for name in result["cpu_s"]:
         table.add_row(
             labels[name],
@@ -230,10 +233,9 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
             f"{result['last_loss'][name]:.5f}",
         )
     console.print(table)
-    rounds = ", ".join(f"{r:.3f}" for r in result["ratio_by_round"])
-    console.print(f"ranks / one process: {result['ratio']:.3f}x (ratio of medians; by round {rounds})")
-    if result["crowd_ratio"] is not None:
-        console.print(f"one of as many strangers at once / one process: {result['crowd_ratio']:.3f}x")
+    for against, by_round in result["ratio_by_round"].items():
+        rounds = ", ".join(f"{r:.3f}" for r in by_round)
+        console.print(f"ranks / {labels[against]}: {result['ratio'][against]:.3f}x (of medians; by round {rounds})")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -244,7 +246,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--rounds", type=int, default=5, help="measured turns of each side")
     parser.add_argument("--steps", type=int, default=2, help="steps a turn")
-    parser.add_argument("--crowd", action="store_true", help="measure what crowding alone costs too")
     parser.add_argument("--profile", action="store_true", help="print the top operators of rank 0 and of the process")
     parser.add_argument("--json", action="store_true", help="print one JSON object; the table goes to stderr")
     options = parser.parse_intermixed_args(arguments)
@@ -254,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     console = Console(stderr=options.json)
-    result = compare(config, options.rounds, options.steps, options.crowd, options.profile, console)
+    result = compare(config, options.rounds, options.steps, options.profile, console)
     print_result(console, result)
     if options.json:
         print(json.dumps(result))

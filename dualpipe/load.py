@@ -24,7 +24,7 @@ def load(path: str | Path) -> Program:
         if any(not computed(slot) for slots in program.slots for slot in slots):
             validate(program)
             return program
-        return _lower(program)
+        return lower_proven(program)
     except ProgramError as error:
         raise ProgramError(f"{path}: {error}") from None
 
@@ -43,7 +43,7 @@ def check_training(program: Program, ranks: int, microbatches: int) -> None:
         raise ProgramError(f"{name} must have backwards and the end of a step")
 
 
-def _lower(order: Program) -> Program:
+def lower_proven(order: Program) -> Program:
     """Lowered with the fewest receives posted ahead, from two on, that hold up no send for ever on rendezvous. With
     all of them posted at the start no send waits, so that every valid order finds its number."""
     validate_order(order)

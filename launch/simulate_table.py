@@ -8,6 +8,7 @@ from typing import Any
 from dualpipe.draw import text
 from dualpipe.draw.boxes import COLOURS
 from dualpipe.program import Program
+from dualpipe.search import NAME, Found
 from dualpipe.simulate import OPERATIONS, Simulation
 
 _CAUSES = {
@@ -94,6 +95,51 @@ def comparison(rows: Sequence[Row], ranks: int, microbatches: int) -> str:
         f"{row.name.ljust(len('interleaved'))}  cannot run: {row.why}" for row in rows if isinstance(row, Refused)
     ]
     return "\n".join([f"{ranks} ranks, {microbatches} micro-batches", *table, *refused])
+
+
+def searched(found: Found) -> list[str]:
+    """What a search adds to the report of its program: where the stages are, and what it was compared with."""
+    best = found.best_named
+    lines = [
+        f"placement {found.placement.name}, parameters {found.parameters:g}x, peak {found.peak:g} "
+        "(activations of a micro-batch in 1/P of the model)"
+    ]
+    if best is None:
+        smallest = min((named for named in found.named if not named.why), key=lambda named: named.peak, default=None)
+        needs = f"; {smallest.name} needs {smallest.peak:g} and takes {smallest.makespan:g}" if smallest else ""
+        lines.append(f"no named schedule fits{needs}")
+    else:
+        assert found.gain is not None
+        lines.append(f"best named schedule that fits: {best.name}, makespan {best.makespan:g}; gain {found.gain:.2%}")
+    lines += [f"left out, placement {name}: {why}" for name, why in found.left_out.items()]
+    lines.append(f"{found.tried} orders tried; nothing searched computes in less than {found.bound:g}")
+    return lines
+
+
+def searched_json(found: Found) -> dict[str, Any]:
+    """The object of ``--json``, with what was searched. Times are in the unit of the costs but for ``seconds``."""
+    best = found.best_named
+    row = Ran(NAME, found.program, found.result, found.placement.share)
+    return {
+        **row.to_json(found.result.ranks, found.result.microbatches),
+        "search": {
+            "placement": found.placement.name,
+            "peak": found.peak,
+            "tried": found.tried,
+            "seconds": found.seconds,
+            "bound": found.bound,
+            "best_named": None if best is None else best.name,
+            "best_named_makespan": None if best is None else best.makespan,
+            "gain": found.gain,
+            "named": [
+                {"schedule": named.name, "error": named.why}
+                if named.why
+                else {"schedule": named.name, "makespan": named.makespan, "peak": named.peak, "fits": named.fits}
+                for named in found.named
+            ],
+            "left_out": found.left_out,
+        },
+    }
 
 
 def _ranks(program: Program, result: Simulation) -> str:

@@ -107,9 +107,71 @@ def test_pictures_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert len(processes) > 1
 
 
+SEARCH = ["--schedule", "search", "--cost", "F=1,I=1,W=1,p2p=0.2", "--budget", "300"]
+
+
+def test_a_search_says_what_it_found_and_beat(capsys: pytest.CaptureFixture[str]) -> None:
+    result = json.loads(answer(capsys, *SEARCH, "--memory-limit", "4", "--json"))
+    assert (result["schedule"], result["ranks"], result["microbatches"]) == ("search", 4, 10)
+    found = result["search"]
+    assert found["peak"] == max(result["peak_activations"]) * result["stage_share"] <= 4
+    assert found["tried"] == 300
+    compared = json.loads(answer(capsys, "--compare", "--cost", "F=1,I=1,W=1,p2p=0.2", "--json"))
+    by_name = {row["schedule"]: row for row in compared}
+    fitting = [
+        row["makespan"]
+        for row in compared
+        if "error" not in row and max(row["peak_activations"]) * row["stage_share"] <= 4
+    ]
+    assert found["best_named_makespan"] == min(fitting) == by_name[found["best_named"]]["makespan"]
+    assert found["gain"] == pytest.approx(1 - result["makespan"] / min(fitting)) and found["gain"] >= 0
+    assert [row["schedule"] for row in found["named"]] == list(SCHEDULES)
+    assert [row["fits"] for row in found["named"] if row["schedule"] == "gpipe"] == [False]
+    lines = answer(capsys, *SEARCH, "--memory-limit", "4").splitlines()
+    assert lines[-4].startswith(f"search: 4 ranks, 10 micro-batches, makespan {result['makespan']:g}")
+    assert lines[-3].startswith(f"placement {found['placement']}, parameters {result['parameters']:g}x, peak ")
+    assert lines[-2].startswith(
+        f"best named schedule that fits: {found['best_named']}, makespan {min(fitting):g}; gain"
+    )
+    assert lines[-1].startswith("300 orders tried; ")
+    assert "no named schedule fits; " in answer(capsys, *SEARCH, "--memory-limit", "2")
+
+
+def test_a_found_program_is_a_file_like_any_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "found.txt"
+    path.write_text(answer(capsys, *SEARCH, "--placement", "linear,twins", "--seed", "3", "--text"))
+    found = json.loads(answer(capsys, *SEARCH, "--placement", "linear,twins", "--seed", "3", "--json"))
+    assert main(["--program", str(path), "--cost", "F=1,I=1,W=1,p2p=0.2", "--json"]) == 0
+    played = json.loads(capsys.readouterr().out)
+    assert played == {key: found[key] for key in played}
+
+
+def test_a_search_shows_its_progress_to_a_terminal_only() -> None:
+    import pty
+
+    code = "import sys; from launch.simulate import main; sys.exit(main(sys.argv[1:]))"
+    words = [sys.executable, "-c", code, *SMALL, *SEARCH, "--json"]
+    near, far = pty.openpty()
+    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=far, check=False)
+    os.close(far)
+    shown = os.read(near, 10_000).decode()
+    os.close(near)
+    assert done.returncode == 0 and json.loads(done.stdout)["schedule"] == "search"
+    assert "searching: 101 orders tried, makespan " in shown and shown.endswith("\r\x1b[K")
+    assert process(code, *words[3:]).stderr == ""
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--schedule", "search", "--memory-limit", "0.5"], "memory limit 0.5 must be at least 1"),
+        (["--schedule", "search", "--budget", "10m"], "budget 10m must be a number of orders to try"),
+        (["--schedule", "search", "--placement", "w"], "placement w must be one of linear, twins, v, interleaved"),
+        (["--schedule", "search", "--chunks", "2"], "--chunks 2 and --schedule search exclude each other"),
+        (["--schedule", "search", "--microbatches", "100000"], "at most 25000 for their product"),
+        (["--schedule", "search", "--cost", "F@8=1"], "cost F@8: the stages are 0 .. 7"),
+        (["--memory-limit", "2"], "--memory-limit is for --schedule search only"),
+        (["--compare", "--budget", "2s"], "--budget is for --schedule search only"),
         (["--ranks", "3"], "layout.pipeline=3 must be 1 or even for schedule dualpipe"),
         (["--ranks", "many"], "--ranks"),
         (["--ranks", "-1"], "layout.pipeline=-1"),
