@@ -24,7 +24,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.exchange import Dispatched
 from model.router import choose
-from parallel.exchange import DispatchLayout, GroupExchange, flat
+from parallel.exchange import DispatchLayout, GroupExchange, Hop
 from parallel.mesh import Layout
 
 MODEL = ModelConfig()
@@ -111,11 +111,12 @@ def contestants(setting: Setting) -> dict[str, Contestant]:
         every = dict.fromkeys(tuple(members(r)) for r in range(world))
         made = {ranks: dist.new_group(list(ranks)) if len(ranks) > 1 else None for ranks in every}
         hops.append(members(rank))
-        groups.append((made[tuple(hops[-1])], len(hops[-1])))
+        groups.append(Hop(made[tuple(hops[-1])], [layout.far(rank, peer) for peer in hops[-1]]))
     everyone = dist.group.WORLD
     assert everyone is not None
+    one = [Hop(everyone, [layout.far(rank, peer) for peer in range(world)])]
     return {
-        "flat": Contestant(flat(everyone, experts), [list(range(world))], setting.ranks_per_node),
+        "flat": Contestant(GroupExchange(everyone, experts, one), [list(range(world))], setting.ranks_per_node),
         "hierarchical": Contestant(GroupExchange(everyone, experts, groups), hops, setting.ranks_per_node),
     }
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from model.attention import Attention
 from model.config import ModelConfig
-from model.exchange import Exchange
+from model.exchange import Dispatched, Exchange
 from model.mlp import MLP, Experts
 from model.norm import RMSNorm
 from model.router import Router, Routing
@@ -61,10 +61,10 @@ class Block(nn.Module):
         y_BSD: Tensor = self.mlp(u_BSD)
         return y_BSD
 
-    def expert_phase(self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
-        """The part of the mlp phase that works on what was dispatched."""
+    def expert_phase(self, rows_RD: Tensor, weights_R: Tensor, sent: Dispatched) -> Tensor:
+        """The part of the mlp phase that works on what was dispatched; its tensors with a gradient stand apart."""
         assert self.experts is not None
-        y_RD: Tensor = self.experts(rows_RD, weights_R, ends_E)
+        y_RD: Tensor = self.experts(rows_RD, weights_R, sent.ends_E, sent.payload)
         return y_RD
 
     def forward(self, x_BSD: Tensor, rotations_SP: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor | None]:
@@ -77,6 +77,6 @@ class Block(nn.Module):
         if routing is None:
             return out_BSD, None
         sent = exchange.dispatch(attended.u_BSD.flatten(0, 1), routing.weights_TK, routing.indices_TK).wait()
-        y_RD = self.expert_phase(sent.rows_RD, sent.weights_R, sent.ends_E)
+        y_RD = self.expert_phase(sent.rows_RD, sent.weights_R, sent)
         z_TD = exchange.combine(y_RD, sent.layout).wait()
         return out_BSD + z_TD.view_as(out_BSD), routing.balance

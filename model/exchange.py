@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.fp8.quantise import Quantised
+
 Result = TypeVar("Result", covariant=True)
 
 
@@ -32,12 +34,14 @@ class Pending(Generic[Result]):
 @dataclass(frozen=True)
 class Dispatched:
     """``rows_RD`` and their gate values ``weights_R``, sorted by expert; expert e has the rows up to ``ends_E[e]``
-    (int32). ``layout`` belongs to the exchange: whoever combines these rows hands it back."""
+    (int32). ``layout`` belongs to the exchange: whoever combines these rows hands it back. ``payload``: the rows in
+    FP8, where they travelled so; ``rows_RD`` is then no more than what gradients hang on (``fp8/payload.py``)."""
 
     rows_RD: Tensor
     weights_R: Tensor
     ends_E: Tensor
     layout: Any
+    payload: Quantised | None = None
 
 
 class Exchange(Protocol):

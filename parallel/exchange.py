@@ -16,6 +16,7 @@ N rows sent, M rows received, E experts held here, R (row, expert) pairs held he
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from time import perf_counter
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.exchange import Dispatched, Pending
+from model.fp8 import payload
+from model.fp8.quantise import dequantise
 
 ABSENT = -torch.inf
 """The gate value of an expert that was not chosen."""
@@ -73,11 +76,27 @@ class DispatchLayout:
     gate_TK: Tensor
 
 
-class Hop:
-    """An all-to-all of rows over ``group``, whose ranks are this hop's peers in order; None for a hop to oneself."""
+@dataclass
+class Traffic:
+    """What exchanges sent, to ranks of the own node and to those of other nodes, and for how long their rank waited for
+    what was to arrive: communication that no computation hid. On CUDA the host does not wait, and that stays zero."""
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self.group = group
+    inside_bytes: int = 0
+    between_bytes: int = 0
+    waited_s: float = 0.0
+
+    def clear(self) -> None:
+        self.inside_bytes = self.between_bytes = 0
+        self.waited_s = 0.0
+
+
+class Hop:
+    """An all-to-all of rows over ``group``, whose ranks are this hop's peers in order; None for a hop to oneself.
+    ``far``: for each peer, whether it is on another node."""
+
+    def __init__(self, group: dist.ProcessGroup | None, far: Sequence[bool]) -> None:
+        self.group, self.far = group, far
+        self._me = 0 if group is None else dist.get_rank(group)
 
     def layout(self, gates_TPX: Tensor, sent: list[int], received: list[int]) -> HopLayout:
         goes_TP = (gates_TPX != ABSENT).any(-1)
@@ -86,20 +105,28 @@ class Hop:
         rows_T = Bags.of(goes_TP, _numbered(goes_TP.t()).t(), sum(sent))
         return HopLayout(sent, received, places % rows, places // rows, rows_T)
 
-    def forth(self, rows: Tensor, layout: HopLayout) -> Pending[Tensor]:
-        return self._start(rows, layout.sent, layout.received)
+    def forth(self, rows: Tensor, layout: HopLayout, traffic: Traffic) -> Pending[Tensor]:
+        return self._start(rows, layout.sent, layout.received, traffic)
 
-    def back(self, rows: Tensor, layout: HopLayout) -> Pending[Tensor]:
-        return self._start(rows, layout.received, layout.sent)
+    def back(self, rows: Tensor, layout: HopLayout, traffic: Traffic) -> Pending[Tensor]:
+        return self._start(rows, layout.received, layout.sent, traffic)
 
-    def _start(self, rows: Tensor, sent: list[int], received: list[int]) -> Pending[Tensor]:
+    def _start(self, rows: Tensor, sent: list[int], received: list[int], traffic: Traffic) -> Pending[Tensor]:
         if self.group is None:
             return Pending(lambda: rows)
+        row_bytes = rows.element_size() * rows[:1].numel()
+        for peer, (count, far) in enumerate(zip(sent, self.far, strict=True)):
+            if far:
+                traffic.between_bytes += count * row_bytes
+            elif peer != self._me:
+                traffic.inside_bytes += count * row_bytes
         arrived = rows.new_empty(sum(received), *rows.shape[1:])
         work = dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=self.group, async_op=True)
 
         def finish() -> Tensor:
+            start = perf_counter()
             work.wait()
+            traffic.waited_s += perf_counter() - start
             return arrived
 
         return Pending(finish)
@@ -108,20 +135,28 @@ class Hop:
 class GroupExchange:
     """``dispatch.kind: flat`` or ``hierarchical``, by its hops.
 
-    ``group``: the expert group; every rank of it holds ``experts`` of the layer's experts, in its order. ``hops``: the
-    group of each hop and its size; the rank of the expert group is the number whose digits are the ranks in the hops,
-    the first hop's digit standing first. Flat is the one hop [(group, G)]; hierarchical is [(the ranks of this local
-    index, nodes), (the ranks of this node, ranks a node)]. The first hop is under way when ``dispatch`` returns; a
-    second one starts when it is waited for.
+    ``group``: the expert group; every rank of it holds ``experts`` of the layer's experts, in its order. The rank of
+    the expert group is the number whose digits are the ranks in the ``hops``, the first hop's digit standing first.
+    Flat is one hop over the group itself; hierarchical is two, over the ranks of this local index, one on each node,
+    and over the ranks of this node. The first hop is under way when ``dispatch`` returns; a second one starts when it
+    is waited for. ``traffic`` counts what is sent.
+
+    ``fp8``: what is dispatched, forward and as a gradient, travels in FP8 with a scale of 1x128 numbers, and goes to
+    the experts as it came. What is combined is a sum, and stays in the dtype of its rows (report, 3.3.3).
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, experts: int, hops: Sequence[tuple[dist.ProcessGroup | None, int]]
+        self,
+        group: dist.ProcessGroup,
+        experts: int,
+        hops: Sequence[Hop],
+        traffic: Traffic | None = None,
+        fp8: bool = False,
     ) -> None:
-        self.group, self.experts = group, experts
+        self.group, self.experts, self.hops, self.fp8 = group, experts, hops, fp8
+        self.traffic = Traffic() if traffic is None else traffic
         self.ranks = dist.get_world_size(group)
-        self.hops = [Hop(of) for of, _ in hops]
-        self.sizes = [size for _, size in hops]
+        self.sizes = [len(hop.far) for hop in hops]
         assert prod(self.sizes) == self.ranks, (self.sizes, self.ranks)
         me = dist.get_rank(group)
         self.digits = tuple(me // prod(self.sizes[h + 1 :]) % size for h, size in enumerate(self.sizes))
@@ -131,14 +166,15 @@ class GroupExchange:
         gates_TX.scatter_(1, indices_TK, weights_TK)
         splits, pairs = self._count(gates_TX != ABSENT)
         way: list[HopLayout] = []
-        pending = self._go(0, x_TD, gates_TX, splits, way)
+        sent = payload.pack(x_TD) if self.fp8 else x_TD
+        pending = self._go(0, sent, gates_TX, splits, way)
 
         def finish() -> Dispatched:
-            rows_MD, gates_MX = _unpack(pending.wait(), x_TD, weights_TK)
+            rows_MD, gates_MX = _unpack(pending.wait(), sent, weights_TK)
             for h in range(1, len(self.hops)):
                 arrived = self._go(h, rows_MD, gates_MX, splits, way).wait()
-                rows_MD, gates_MX = _unpack(arrived, x_TD, weights_TK)
-            return self._sorted(rows_MD, gates_MX, pairs, way, indices_TK)
+                rows_MD, gates_MX = _unpack(arrived, sent, weights_TK)
+            return self._sorted(rows_MD, gates_MX, pairs, way, indices_TK, x_TD)
 
         return Pending(finish)
 
@@ -146,13 +182,15 @@ class GroupExchange:
         return self._return(layout.pairs_M.sum(y_RD), layout)
 
     def dispatch_gradient(self, gz_TD: Tensor, layout: DispatchLayout) -> Pending[Tensor]:
-        pending = self.hops[0].forth(gz_TD.index_select(0, layout.hops[0].row_N), layout.hops[0])
+        sent = payload.pack(gz_TD) if self.fp8 else gz_TD
+        pending = self.hops[0].forth(sent.index_select(0, layout.hops[0].row_N), layout.hops[0], self.traffic)
 
         def finish() -> Tensor:
             rows = pending.wait()
             for hop, way in zip(self.hops[1:], layout.hops[1:], strict=True):
-                rows = hop.forth(rows.index_select(0, way.row_N), way).wait()
-            return rows.index_select(0, layout.row_R)
+                rows = hop.forth(rows.index_select(0, way.row_N), way, self.traffic).wait()
+            rows = rows.index_select(0, layout.row_R)
+            return dequantise(payload.unpack(rows, gz_TD.shape[1])).to(gz_TD.dtype) if self.fp8 else rows
 
         return Pending(finish)
 
@@ -162,7 +200,7 @@ class GroupExchange:
         grows_MD = layout.pairs_M.sum(grows_RD)
         gweights_MX = gweights_R.new_zeros(len(grows_MD), self.experts)
         gweights_MX.view(-1)[layout.row_R * self.experts + layout.expert_R] = gweights_R
-        pending = self.hops[-1].back(_pack(grows_MD, gweights_MX), layout.hops[-1])
+        pending = self.hops[-1].back(_pack(grows_MD, gweights_MX), layout.hops[-1], self.traffic)
 
         def finish() -> tuple[Tensor, Tensor]:
             arrived = pending.wait()
@@ -170,7 +208,8 @@ class GroupExchange:
                 rows_ND, gates_NX = _unpack(arrived, grows_RD, gweights_R)
                 rows_TD, gates_TX = self._come_home(rows_ND, gates_NX, layout.hops[h], self.sizes[h])
                 if h > 0:
-                    arrived = self.hops[h - 1].back(_pack(rows_TD, gates_TX), layout.hops[h - 1]).wait()
+                    packed = _pack(rows_TD, gates_TX)
+                    arrived = self.hops[h - 1].back(packed, layout.hops[h - 1], self.traffic).wait()
             return rows_TD, gates_TX.gather(1, layout.gate_TK)
 
         return Pending(finish)
@@ -219,10 +258,10 @@ class GroupExchange:
         layout = self.hops[h].layout(gates_TPX, *splits[h])
         way.append(layout)
         packed = _pack(rows_TD.index_select(0, layout.row_N), gates_TPX[layout.row_N, layout.peer_N])
-        return self.hops[h].forth(packed, layout)
+        return self.hops[h].forth(packed, layout, self.traffic)
 
     def _sorted(
-        self, rows_MD: Tensor, gates_ME: Tensor, pairs: int, way: list[HopLayout], indices_TK: Tensor
+        self, rows_MD: Tensor, gates_ME: Tensor, pairs: int, way: list[HopLayout], indices_TK: Tensor, x_TD: Tensor
     ) -> Dispatched:
         """The rows that arrived, once for each of their experts here, by expert, then in the order of arrival."""
         chosen_ME = gates_ME != ABSENT
@@ -231,15 +270,19 @@ class GroupExchange:
         pairs_M = Bags.of(chosen_ME, _numbered(chosen_ME.t()).t(), pairs)
         ends_E = chosen_ME.sum(0).cumsum(0).to(torch.int32)
         layout = DispatchLayout(way, row_R, expert_R, pairs_M, indices_TK)
-        return Dispatched(rows_MD.index_select(0, row_R), gates_ME[row_R, expert_R], ends_E, layout)
+        rows, weights_R = rows_MD.index_select(0, row_R), gates_ME[row_R, expert_R]
+        if not self.fp8:
+            return Dispatched(rows, weights_R, ends_E, layout)
+        quantised = payload.unpack(rows, x_TD.shape[1])
+        return Dispatched(payload.anchor(quantised, x_TD.dtype), weights_R, ends_E, layout, quantised)
 
     def _return(self, rows: Tensor, layout: DispatchLayout) -> Pending[Tensor]:
-        pending = self.hops[-1].back(rows, layout.hops[-1])
+        pending = self.hops[-1].back(rows, layout.hops[-1], self.traffic)
 
         def finish() -> Tensor:
             rows = layout.hops[-1].rows_T.sum(pending.wait())
             for hop, way in zip(self.hops[-2::-1], layout.hops[-2::-1], strict=True):
-                rows = way.rows_T.sum(hop.back(rows, way).wait())
+                rows = way.rows_T.sum(hop.back(rows, way, self.traffic).wait())
             return rows
 
         return Pending(finish)
@@ -252,11 +295,6 @@ class GroupExchange:
         return rows_TD, gates_TPX.flatten(1)
 
 
-def flat(group: dist.ProcessGroup, experts: int) -> GroupExchange:
-    """One all-to-all over the expert group, whatever nodes its ranks are on."""
-    return GroupExchange(group, experts, [(group, dist.get_world_size(group))])
-
-
 def _pack(rows: Tensor, gates: Tensor) -> Tensor:
     """Rows and gate values as the bytes of one message: a message costs more than its bytes."""
     return torch.cat([rows.contiguous().view(torch.uint8), gates.contiguous().view(torch.uint8)], dim=1)
@@ -265,7 +303,9 @@ def _pack(rows: Tensor, gates: Tensor) -> Tensor:
 def _unpack(packed: Tensor, rows_like: Tensor, gates_like: Tensor) -> tuple[Tensor, Tensor]:
     width = rows_like.shape[1] * rows_like.element_size()
     rows, gates = packed.tensor_split([width], dim=1)
-    return rows.contiguous().view(rows_like.dtype), gates.contiguous().view(gates_like.dtype)
+    # A copy even of a single row, which is contiguous where it stands: the view needs aligned memory.
+    gates = gates.clone(memory_format=torch.contiguous_format)
+    return rows.contiguous().view(rows_like.dtype), gates.view(gates_like.dtype)
 
 
 def _places(mask: Tensor, count: int) -> Tensor:

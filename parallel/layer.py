@@ -122,7 +122,7 @@ class LayerForward:
         if self._dispatched is not None:
             arrived = self._dispatched.wait()
             self.kept.experts, (self._y_RD,) = run_graph(
-                lambda rows, weights: self.block.expert_phase(rows, weights, arrived.ends_E),
+                lambda rows, weights: self.block.expert_phase(rows, weights, arrived),
                 arrived.rows_RD,
                 arrived.weights_R,
             )

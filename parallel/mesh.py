@@ -76,6 +76,10 @@ class Layout:
         size = min(self.ranks_per_node, self.expert)
         return self.expert_group(rank)[self.expert_index(rank) % size :: size]
 
+    def far(self, rank: int, other: int) -> bool:
+        """Whether two ranks are on different nodes, if nodes are known."""
+        return self.ranks_per_node > 0 and rank // self.ranks_per_node != other // self.ranks_per_node
+
     def dense_replicas(self, positions: Sequence[int]) -> list[int]:
         """The ranks that hold a copy of a stage that lives at these pipeline positions."""
         return [self.rank(p, d) for p in sorted(set(positions)) for d in range(self.data)]

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.bucket import ALIGNMENT, Bucket
+from parallel.exchange import Traffic
 from parallel.optimizer import clip_scale
 from parallel.stage import ModelStage
 
@@ -34,13 +35,15 @@ class HeldStage:
 @dataclass(frozen=True)
 class StepSums:
     """What all ranks know after STEP. ``cross_entropy`` and ``balance`` are sums over the step (nats; balance without
-    alpha); ``expert_load``: the busiest expert's load over the mean, by MoE layer; ``stop``: some rank asked to stop.
+    alpha); ``expert_load``: the busiest expert's load over the mean, by MoE layer; ``traffic``: bytes of all
+    ranks, and the mean rank's waiting; ``stop``: some rank asked to stop.
     """
 
     cross_entropy: float
     balance: float
     grad_norm: float
     expert_load: dict[int, float]
+    traffic: Traffic
     stop: bool
 
 
@@ -62,11 +65,20 @@ class StepEnd:
 
     sums: StepSums
 
-    def __init__(self, held: Mapping[int, HeldStage], optimizer: ShardOptimizer, layers: int, clip_norm: float) -> None:
+    def __init__(
+        self,
+        held: Mapping[int, HeldStage],
+        optimizer: ShardOptimizer,
+        layers: int,
+        clip_norm: float,
+        traffic: Traffic,
+    ) -> None:
         self.held, self.optimizer, self.layers, self.clip_norm = held, optimizer, layers, clip_norm
+        self.traffic = traffic
 
     def begin(self, learning_rate: float, stop: bool) -> None:
         self._learning_rate, self._stop = learning_rate, stop
+        self.traffic.clear()
         for held in self.held.values():
             for bucket in held.buckets:
                 bucket.gradients.zero_()
@@ -107,7 +119,7 @@ class StepEnd:
         """One all-reduce for everything that the ranks must agree on. In FP64: with some thousand ranks the order of
         an FP32 sum would show in the reported loss."""
         stages = [held.stage for held in self.held.values()]
-        vector = torch.zeros(4 + self.layers, dtype=torch.float64, device=stages[0].device)
+        vector = torch.zeros(7 + self.layers, dtype=torch.float64, device=stages[0].device)
         for held in self.held.values():
             for bucket in held.buckets:
                 vector[0] += squared_norm(bucket.gradient)
@@ -115,13 +127,17 @@ class StepEnd:
             vector[2] += held.stage.balance
             if held.counts:
                 for layer, load_E in held.loads().items():
-                    vector[4 + layer] = load_E.max() / load_E.double().mean()
-        vector[3] = float(self._stop)
+                    vector[7 + layer] = load_E.max() / load_E.double().mean()
+        own = self.traffic
+        vector[3:7] = vector.new_tensor([self._stop, own.inside_bytes, own.between_bytes, own.waited_s])
+        ranks = 1
         if dist.is_initialized():
             dist.all_reduce(vector)
-        squares, cross_entropy, balance, stop, *loads = vector.tolist()
+            ranks = dist.get_world_size()
+        squares, cross_entropy, balance, stop, inside, between, waited_s, *loads = vector.tolist()
         by_layer = {layer: load for layer, load in enumerate(loads) if load > 0}
-        return StepSums(cross_entropy, balance, squares**0.5, by_layer, stop > 0)
+        traffic = Traffic(int(inside), int(between), waited_s / ranks)
+        return StepSums(cross_entropy, balance, squares**0.5, by_layer, traffic, stop > 0)
 
 
 def squared_norm(gradient: Tensor) -> Tensor:

@@ -17,11 +17,13 @@ from dualpipe.schedules import generate
 from dualpipe.schedules.forward import forward_only
 from model.config import ModelConfig
 from model.exchange import Exchange, LocalExchange
+from model.fp8.assign import set_precision
+from model.fp8.gemm import choose
 from model.linear import WeightGradients, own
 from model.transformer import Transformer, expert_parameters, initialise
 from parallel.bucket import Bucket
 from parallel.deepspeed_backend import DeepSpeedAdamW
-from parallel.exchange import GroupExchange, flat
+from parallel.exchange import GroupExchange, Hop, Traffic
 from parallel.groups import Groups
 from parallel.mesh import Layout
 from parallel.optimizer import AdamW
@@ -35,8 +37,9 @@ from parallel.transport import PipelineTransport, channel_groups, channels
 @dataclass(frozen=True)
 class Job:
     """What is trained and how it is split. Sizes in sequences and tokens; ``dtype`` is that of activations and of the
-    parameters that compute. ``dispatch``: flat or hierarchical. ``chunks``: the stages of a rank, where the schedule
-    leaves them open; ``program``: a lowered program, validated, to run instead of the schedule's."""
+    parameters that compute. ``dispatch``: flat or hierarchical. ``fp8``: the backend that computes linear layers in FP8
+    (``model/fp8``), or None; ``fp8_payload``: dispatch sends them FP8. ``chunks``: the stages of a rank, where the
+    schedule leaves them open; ``program``: a lowered program, validated, to run instead of the schedule's."""
 
     model: ModelConfig
     layout: Layout
@@ -49,6 +52,8 @@ class Job:
     micro_batch_size: int
     optimizer: OptimizerConfig
     dispatch: str = "flat"
+    fp8: str | None = None
+    fp8_payload: bool = False
     chunks: int | None = None
     program: Program | None = None
 
@@ -61,14 +66,16 @@ class Job:
 @dataclass(frozen=True)
 class StepResult:
     """One training step. ``loss`` is the mean over target tokens of the cross-entropy (nats) plus the weighted balance
-    loss; ``expert_load``: busiest over mean, by MoE layer; ``peak_activations`` are this rank's own, and so are
-    ``spans``, what it executed and when, if that was recorded."""
+    loss; ``expert_load``: busiest over mean, by MoE layer; ``traffic``: of all dispatches and combines, bytes summed
+    over the ranks and waiting averaged; ``peak_activations`` are this rank's own, and so are ``spans``, what it
+    executed and when, if that was recorded."""
 
     loss: float
     cross_entropy: float
     balance_loss: float
     grad_norm: float
     expert_load: dict[int, float]
+    traffic: Traffic
     stop: bool
     peak_activations: int
     spans: Sequence[Span]
@@ -82,7 +89,8 @@ class StepResult:
 class Worker:
     """``rank`` of the world; torch.distributed is initialised, unless the world is this one process.
 
-    Raises ValueError for sizes that the schedule refuses, and for a program that is for other sizes.
+    Raises ValueError for sizes that the schedule refuses, for a program that is for other sizes, and, as
+    PrecisionError, for an FP8 backend that the device has not.
     """
 
     def __init__(self, job: Job, rank: int) -> None:
@@ -90,6 +98,8 @@ class Worker:
         layout = job.layout
         self.position, self.replica = layout.pipeline_index(rank), layout.data_index(rank)
         self.program = _program(job)
+        self.products = None if job.fp8 is None else choose(job.fp8, job.device)
+        self.traffic = Traffic()
         self.groups = Groups(layout, self.program.routes, job.dispatch == "hierarchical")
         self.held = {stage: self._hold(stage) for stage in sorted(self.program.stages_of(self.position))}
         buckets = [bucket for held in self.held.values() for bucket in held.buckets]
@@ -98,7 +108,8 @@ class Worker:
             if job.optimizer.backend == "deepspeed"
             else AdamW(job.optimizer, buckets)
         )
-        self.end = StepEnd(self.held, self.optimizer, job.model.num_hidden_layers, job.optimizer.clip_norm)
+        layers, clip_norm = job.model.num_hidden_layers, job.optimizer.clip_norm
+        self.end = StepEnd(self.held, self.optimizer, layers, clip_norm, self.traffic)
         self._evaluation: dict[int, Program] = {}
         like = torch.empty(
             job.micro_batch_size, job.sequence_length, job.model.hidden_size, dtype=job.dtype, device=job.device
@@ -136,6 +147,7 @@ class Worker:
             balance,
             sums.grad_norm,
             sums.expert_load,
+            sums.traffic,
             sums.stop,
             report.peak_activations,
             report.spans,
@@ -200,6 +212,8 @@ class Worker:
             buckets.append(Bucket(routed, group, job.dtype))
         gradients = WeightGradients({p: g for bucket in buckets for p, g in bucket.buffers.items()})
         own(model, gradients)
+        if self.products is not None:
+            set_precision(model, self.products.gemm)
 
         held = ModelStage(model, gradients, self._exchange(each), job.device)
         return HeldStage(held, buckets, self.groups.of(replicas), counts=self.rank == replicas[0])
@@ -212,13 +226,13 @@ class Worker:
             return LocalExchange(experts)
         match self.job.dispatch:
             case "flat":
-                return flat(group, experts)
+                peers = [layout.expert_group(self.rank)]
             case "hierarchical":
-                between, inside = layout.local_peers(self.rank), layout.node_ranks(self.rank)
-                hops = [(self.groups.of(ranks), len(ranks)) for ranks in (between, inside)]
-                return GroupExchange(group, experts, hops)
+                peers = [layout.local_peers(self.rank), layout.node_ranks(self.rank)]
             case _:
                 raise ValueError(f"dispatch.kind={self.job.dispatch} must be flat or hierarchical")
+        hops = [Hop(self.groups.of(ranks), [layout.far(self.rank, rank) for rank in ranks]) for ranks in peers]
+        return GroupExchange(group, experts, hops, self.traffic, self.job.fp8_payload)
 
 
 def _program(job: Job) -> Program:

@@ -225,6 +225,19 @@ def test_a_run_goes_on_from_its_folder_under_another_schedule_from_a_file(config
     assert losses(run) == pytest.approx(losses(whole), rel=1e-3)
 
 
+def test_an_fp8_run_resumes_to_the_same_bytes(config: Path, tmp_path: Path) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    first = train(config, "precision.compute=fp8", f"run.dir={whole}", "train.steps=4")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("FP8 products: emulated") == 1
+    for steps in (2, 4):
+        assert train(config, "precision.compute=fp8", f"run.dir={resumed}", f"train.steps={steps}").returncode == 0
+    assert losses(resumed) == losses(whole)
+    refused = train(config, "precision.compute=fp8", "precision.backend=scaled_mm", f"run.dir={tmp_path / 'none'}")
+    assert refused.returncode == 2 and refused.stderr.count("error:") == 1
+    assert "scaled_mm needs a Hopper GPU" in refused.stderr and "emulated" in refused.stderr
+
+
 def test_nodes_that_no_expert_group_fills_are_refused_by_every_rank(config: Path) -> None:
     sized = ["layout.data=3", "layout.expert=3", "model.n_routed_experts=6", "model.n_group=1", "model.topk_group=1"]
     result = train(

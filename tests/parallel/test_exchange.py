@@ -1,5 +1,6 @@
 """Dispatch and combine over ranks against one process that has all tokens and all experts."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -8,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.exchange import Dispatched, LocalExchange
-from parallel.exchange import GroupExchange, flat
+from model.fp8.quantise import Scale, Tile, dequantise, quantise
+from parallel.exchange import DispatchLayout, GroupExchange, Hop, Traffic
 from parallel.mesh import Layout
 from tests.ranks import run_ranks
 
@@ -79,18 +81,23 @@ def alone(case: Case) -> list[Tensor]:
     return [z.detach(), *torch.autograd.grad(z, leaves, gz)]
 
 
-def exchange_over(world: int, nodes: int, each: int) -> GroupExchange:
+def flat(each: int, fp8: bool = False) -> GroupExchange:
+    hop = Hop(dist.group.WORLD, [False] * dist.get_world_size())
+    return GroupExchange(dist.group.WORLD, each, [hop], fp8=fp8)
+
+
+def exchange_over(world: int, nodes: int, each: int, fp8: bool = False) -> GroupExchange:
     """Flat over the world, or hierarchical over so many nodes. Collective."""
     if nodes == 1:
-        return flat(dist.group.WORLD, each)
+        return flat(each, fp8)
     layout = Layout(1, world, world, ranks_per_node=world // nodes)
     hops = []
     for members in (layout.local_peers, layout.node_ranks):
         groups = {tuple(members(r)): None for r in range(world)}
         made = {ranks: dist.new_group(ranks) if len(ranks) > 1 else None for ranks in groups}
         mine = tuple(members(dist.get_rank()))
-        hops.append((made[mine], len(mine)))
-    return GroupExchange(dist.group.WORLD, each, hops)
+        hops.append(Hop(made[mine], [layout.far(dist.get_rank(), rank) for rank in mine]))
+    return GroupExchange(dist.group.WORLD, each, hops, fp8=fp8)
 
 
 def together(rank: int, world: int, nodes: int) -> list[list[list[float]]]:
@@ -125,10 +132,37 @@ def test_ranks_together_are_one_process_alone(world: int, nodes: int) -> None:
             torch.testing.assert_close(got, want.flatten(), rtol=1e-6, atol=1e-6, msg=lambda m, c=case: f"{c}: {m}")
 
 
+def in_fp8(rank: int, world: int, nodes: int) -> list[tuple[float, float, float]]:
+    """For every case, how far what experts get, what returns and its gradient are from quantising at the experts."""
+    found = []
+    for case in cases(world):
+        x, weights, indices, gz, _ = drawn(case)
+        mine = slice(sum(case.tokens[:rank]), sum(case.tokens[: rank + 1]))
+        plain, fp8 = (exchange_over(world, nodes, case.each, fp8) for fp8 in (False, True))
+        sent = fp8.dispatch(x[mine], weights[mine], indices[mine]).wait()
+        wanted = plain.dispatch(x[mine], weights[mine], indices[mine]).wait()
+        assert sent.payload is not None and sent.rows_RD.shape == wanted.rows_RD.shape
+        assert torch.equal(sent.ends_E, wanted.ends_E) and torch.equal(sent.weights_R, wanted.weights_R)
+        there = quantise(wanted.rows_RD, Tile.ROW, Scale.POWER_OF_TWO)
+        gy = fp8.dispatch_gradient(gz[mine], sent.layout).wait()
+        gy_wanted = quantise(plain.dispatch_gradient(gz[mine], wanted.layout).wait(), Tile.ROW, Scale.POWER_OF_TWO)
+        z = fp8.combine(dequantise(sent.payload), sent.layout).wait()
+        z_wanted = plain.combine(dequantise(there), wanted.layout).wait()
+        pairs = [(dequantise(sent.payload), dequantise(there)), (gy, dequantise(gy_wanted)), (z, z_wanted)]
+        found.append(tuple(float((got - want).abs().sum()) for got, want in pairs))
+    return found
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_what_travels_in_fp8_is_what_the_experts_would_have_made_of_it(nodes: int) -> None:
+    for rank in run_ranks(in_fp8, 4, 4, nodes):
+        assert rank == [(0.0, 0.0, 0.0)] * len(rank)
+
+
 def uneven(rank: int) -> bool:
     """Two dispatches and two combines under way at once, waited for in another order."""
     torch.manual_seed(rank)
-    exchange = flat(dist.group.WORLD, 2)
+    exchange = flat(2)
     x, weights = torch.randn(2, 6, HIDDEN), torch.ones(6, 1)
     indices = [torch.randint(0, 4, (6, 1)) for _ in range(2)]
     pending = [exchange.dispatch(x[i], weights, indices[i]) for i in range(2)]
@@ -141,6 +175,18 @@ def test_two_exchanges_under_way_at_once_do_not_mix() -> None:
     assert run_ranks(uneven, 2) == [True, True]
 
 
+def expected_traffic(exchange: GroupExchange, layout: DispatchLayout, hidden: int, waited_s: float) -> Traffic:
+    """FP32 rows of so many channels, each with the gates of the experts behind its hop; what stays with its rank is no
+    traffic."""
+    total = {True: 0, False: 0}
+    for h, (hop, way) in enumerate(zip(exchange.hops, layout.hops, strict=True)):
+        behind = exchange.experts * math.prod(len(later.far) for later in exchange.hops[h + 1 :])
+        for peer, count in enumerate(way.sent):
+            if peer != exchange.digits[h]:
+                total[hop.far[peer]] += count * 4 * (hidden + behind)
+    return Traffic(total[False], total[True], waited_s)
+
+
 def crossings(rank: int, world: int, nodes: int) -> list[tuple[list[int], list[int]]]:
     """Rows sent in each hop and case, and how many (token, node) and (token, rank) pairs there are in the routing."""
     found = []
@@ -149,7 +195,10 @@ def crossings(rank: int, world: int, nodes: int) -> list[tuple[list[int], list[i
     for case in cases(world):
         x, weights, indices, _, _ = drawn(case)
         mine = slice(sum(case.tokens[:rank]), sum(case.tokens[: rank + 1]))
-        layout = exchanges[case.each].dispatch(x[mine], weights[mine], indices[mine]).wait().layout
+        exchange = exchanges[case.each]
+        exchange.traffic.clear()
+        layout = exchange.dispatch(x[mine], weights[mine], indices[mine]).wait().layout
+        assert exchange.traffic == expected_traffic(exchange, layout, x.shape[1], exchange.traffic.waited_s)
         sent = torch.tensor([sum(hop.sent) for hop in layout.hops])
         dist.all_reduce(sent)
         ranks = indices // case.each
