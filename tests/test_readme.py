@@ -51,7 +51,7 @@ def test_a_command_runs(words: list[str], tmp_path: Path) -> None:
     match words:
         case ["dualpipe", "train", *_]:
             run([*words, *short])
-        case ["dualpipe", "simulate", *_]:
+        case ["dualpipe", "simulate" | "plan", *_]:
             run(words)
         case ["torchrun", "--nnodes", nodes, *_]:
             with socket.socket() as free:
