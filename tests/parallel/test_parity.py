@@ -12,6 +12,7 @@ from dualpipe.cost import Costs
 from dualpipe.load import load
 from dualpipe.program import ProgramError
 from dualpipe.schedules import SCHEDULES
+from dualpipe.search import Budget, search
 from dualpipe.simulate import simulate
 from model.config import ModelConfig
 from model.router import Routing
@@ -206,10 +207,13 @@ def last_first(ranks: int, microbatches: int) -> str:
 
 
 @pytest.mark.parametrize("layout", [Layout(4, 1, 1), Layout(2, 2, 2)])
-def test_every_schedule_and_a_program_from_a_file_train_alike(layout: Layout, tmp_path: Path) -> None:
+def test_every_schedule_a_program_from_a_file_and_a_searched_one_train_alike(layout: Layout, tmp_path: Path) -> None:
     (tmp_path / "program.txt").write_text(last_first(layout.pipeline, SHORT.global_batch_size // layout.data))
     jobs = [replace(SHORT, layout=layout, schedule=schedule) for schedule in SCHEDULES]
-    jobs.append(replace(SHORT, layout=layout, schedule="", program=load(tmp_path / "program.txt")))
+    microbatches = SHORT.global_batch_size // layout.data
+    found = search(layout.pipeline, microbatches, Costs(1.0, 1.0, 1.0, overlapped=2.5), budget=Budget(orders=50))
+    for program in (load(tmp_path / "program.txt"), found.program):
+        jobs.append(replace(SHORT, layout=layout, schedule="", program=program))
     losses, norms, evaluation = reference(SHORT, 2)
     for results in run_ranks(train_each, layout.world_size, jobs):
         for got_losses, got_norms, got_evaluation in results:
