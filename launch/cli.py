@@ -17,6 +17,8 @@ COMMANDS = {
     "export": "write a run's weights as a Hugging Face model",
     "evaluate": "score a text with a model",
     "generate": "let a model go on from a text",
+    "drill": "break a run on purpose, and prove that it recovers",
+    "precision": "where FP8 loses what, layer by layer",
 }
 MODULES = {"import": "import_hf", "export": "export_hf"}
 """Where a command's module has another name: "import" is a keyword."""

@@ -54,12 +54,18 @@ class ScheduleConfig:
 class DispatchConfig:
     kind: Literal["flat", "hierarchical"] = "flat"
     """How a token reaches its experts: once to each of their ranks, or once to each of their nodes and on from it."""
+    payload: Literal["auto", "plain", "fp8"] = "auto"
+    """What is dispatched, forward and as a gradient: rows in the type of activations (plain), or in FP8 with a scale
+    for every 128 numbers; auto is fp8 where precision.compute is. Combine sends sums, in the type of activations."""
 
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    compute: Literal["fp32", "bf16"] = "bf16"
-    """Type of activations and of the weights in matrix products. Masters and gradients are FP32 either way."""
+    compute: Literal["fp32", "bf16", "fp8"] = "bf16"
+    """Type of activations and of the weights in matrix products; under fp8 the linear layers multiply in FP8 what is
+    BF16 between them. Masters and gradients are FP32 in any case."""
+    backend: Literal["auto", "reference", "emulated", "scaled_mm"] = "auto"
+    """What multiplies in FP8; auto is the fastest that the device has. See docs/fp8.md."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,16 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class RecoveryConfig:
+    max_restarts: int = 0
+    """Times that ``dualpipe train`` starts all ranks again when one of them died; torchrun has its own --max-restarts,
+    which decides there."""
+
+    def __post_init__(self) -> None:
+        _check_count("recovery.max_restarts", self.max_restarts)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     dir: str
     """The run's folder; training goes on from its newest complete checkpoint when it already holds a run."""
@@ -149,10 +165,17 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     run: RunConfig
 
     def __post_init__(self) -> None:
         _cross_check(self)
+
+    @property
+    def fp8_payload(self) -> bool:
+        """Whether dispatch sends FP8."""
+        wanted = {"auto": self.precision.compute == "fp8", "plain": False, "fp8": True}
+        return wanted[self.dispatch.payload]
 
     def program(self) -> Program | None:
         """The program of ``schedule.program``, lowered and proven. Raises ProgramError."""
@@ -235,6 +258,10 @@ def _cross_check(config: Config) -> None:
     if model.n_routed_experts % layout.expert:
         raise ConfigError(
             f"layout.expert={layout.expert} must divide model.n_routed_experts ({model.n_routed_experts})"
+        )
+    if config.fp8_payload and config.precision.compute != "fp8":
+        raise ConfigError(
+            f"dispatch.payload=fp8 needs precision.compute=fp8, whose experts take it; it is {config.precision.compute}"
         )
     try:
         stages = _stages(config)

@@ -2,6 +2,9 @@
 
 The ranks are forked from a server that has imported torch, so that eight of them do not import it eight times. The
 server itself starts no thread and touches no GPU.
+
+When a rank dies, the others are ended and all are started again, which takes a second because the server is still
+there: they go on from the newest whole checkpoint.
 """
 
 import argparse
@@ -10,6 +13,7 @@ import logging
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
+import multiprocessing.synchronize
 import os
 import signal
 import sys
@@ -17,8 +21,10 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from types import FrameType
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import FrameType, TracebackType
+from typing import Any
 
 import psutil
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -27,19 +33,46 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from launch import output, train
 from launch.config import Config
+from launch.metrics import read_jsonl
+from launch.run_folder import RunFolder
 from launch.stop import ONE_REQUEST_SECONDS, heeded, say_not_begun
 
 LOST_SERVER = 255
 """What multiprocessing reports for a rank whose fork server is gone."""
+GRACE_SECONDS = 5.0
+"""How long ranks may live after the first that ended; those that wait to name a lost peer take 2."""
+POLL_SECONDS = 0.05
 STOP_SECONDS = 120
 """How long stopped ranks may take to finish their step and write a checkpoint before they are killed."""
 
 
+@dataclass(frozen=True)
+class Failure:
+    """How an attempt ended. ``status``: the rank's exit status, negative for a signal; ``noticed``: when it was seen
+    to be gone, in the seconds of ``time.monotonic``, which all processes of a machine share."""
+
+    rank: int
+    status: int
+    cause: str
+    noticed: float
+
+    @property
+    def can_recover(self) -> bool:
+        """Whether the ranks may do better when started again: not after bad input, a divergence or a wish to stop."""
+        return self.status < 0 or self.status in (train.FAILED, LOST_SERVER)
+
+
 def start(config: Config, arguments: argparse.Namespace) -> int:
-    """Run every rank and return the exit status for the whole: the ranks' own where they agree on bad input."""
+    """Run every rank, again after a failure as often as ``recovery.max_restarts`` allows, and return the exit status
+    for the whole: the ranks' own where they agree on bad input."""
     logging.disable(logging.ERROR)  # what torch's launcher logs about ended ranks, the ranks say better
-    with _fork_server(), _scratch_folder() as scratch:  # the server's socket lives longer than the folder
-        return _start(config, arguments, scratch)
+    # The server's socket lives longer than the folder.
+    with _ForkServer() as server, _scratch_folder() as scratch:
+        _pass_signals_on()
+        try:
+            return _start(config, arguments, server, scratch)
+        except SignalException as stopped:
+            return 128 + stopped.sigval
 
 
 @contextlib.contextmanager
@@ -54,33 +87,120 @@ def _scratch_folder() -> Iterator[str]:
             tempfile.tempdir = before
 
 
-@contextlib.contextmanager
-def _fork_server() -> Iterator[None]:
-    """Have a fork server that is deaf to what a terminal or a service manager sends to the whole group: with its end
-    the ranks would end, which finish their step first.
+class _ForkServer:
+    """A fork server that is deaf to what a terminal or a service manager sends to the whole group: with its end the
+    ranks would end, which finish their step first.
 
     Signals are blocked, not ignored: what reaches a rank between its fork and its first line waits for it.
     """
-    multiprocessing.set_forkserver_preload(["launch.trainer"])
-    stopping = {*heeded(), signal.SIGQUIT}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
-    try:
-        multiprocessing.resource_tracker.ensure_running()  # the server's own helper, as deaf as it has to be
-        helpers = set(psutil.Process().children())
-        signal.pthread_sigmask(signal.SIG_BLOCK, stopping)  # starting the helper let some of them in again
-        multiprocessing.forkserver.ensure_running()
-        servers = set(psutil.Process().children()) - helpers
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    try:
-        yield
-    finally:
-        for server in servers:  # it may be about to fork a rank that nobody waits for
+
+    def __init__(self) -> None:
+        self._servers: set[psutil.Process] = set()
+
+    def __enter__(self) -> "_ForkServer":
+        multiprocessing.set_forkserver_preload(["launch.trainer"])
+        self.ensure_running()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for server in self._servers:  # it may be about to fork a rank that nobody waits for
             with contextlib.suppress(psutil.NoSuchProcess):
                 server.kill()
 
+    def ensure_running(self) -> None:
+        """Start the server, or another one when it was ended."""
+        stopping = {*heeded(), signal.SIGQUIT}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
+        try:
+            multiprocessing.resource_tracker.ensure_running()  # the server's own helper, as deaf as it has to be
+            others = set(psutil.Process().children())
+            signal.pthread_sigmask(signal.SIG_BLOCK, stopping)  # starting the helper let some of them in again
+            multiprocessing.forkserver.ensure_running()
+            self._servers |= set(psutil.Process().children()) - others
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-def _start(config: Config, arguments: argparse.Namespace, scratch: str) -> int:
+    def ranks(self) -> set[psutil.Process]:
+        """The processes that it forked and that are not over."""
+        found: set[psutil.Process] = set()
+        for server in self._servers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.update(server.children())
+        return found
+
+
+class _Watch:
+    """Sees the first rank end, from beside torch's launcher, and kills those that have not followed in
+    ``GRACE_SECONDS``: torch would let a rank that hears no SIGTERM, stopped or stuck on a GPU, live for 30 more.
+
+    A context manager for one attempt; once it is left, none of its ranks is alive.
+    """
+
+    def __init__(self, server: _ForkServer) -> None:
+        self.finished = multiprocessing.get_context("forkserver").Event()
+        """Set by a rank that left the group, which all ranks do together: they may take their time to end."""
+        self.noticed: float | None = None
+        self._server = server
+        self._seen: set[psutil.Process] = set()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "_Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join(GRACE_SECONDS)
+        _, alive = psutil.wait_procs(self._seen, timeout=GRACE_SECONDS)
+        self._kill(alive)
+        psutil.wait_procs(alive, timeout=GRACE_SECONDS)
+
+    def _run(self) -> None:
+        while not self._over.wait(POLL_SECONDS):
+            alive = self._server.ranks()
+            self._seen |= alive
+            if self._seen - alive:
+                self.noticed = time.monotonic()
+                self._over.wait(GRACE_SECONDS)
+                if not self.finished.is_set():
+                    self._kill(self._seen)
+                return
+
+    @staticmethod
+    def _kill(processes: Iterable[psutil.Process]) -> None:
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _start(config: Config, arguments: argparse.Namespace, server: _ForkServer, scratch: str) -> int:
+    folder, most, restarts = RunFolder(config), config.recovery.max_restarts, 0
+    arguments.recovering = None
+    known = len(folder.events.entries())
+    while (failure := _attempt(config, arguments, server, scratch)) is not None:
+        if not failure.can_recover:
+            return train.USER_ERROR if failure.status == train.USER_ERROR else train.FAILED
+        failure = _explained(failure, folder.events.entries()[known:])
+        steps = read_jsonl(folder.metrics_file)
+        _note(folder, failure, steps[-1]["step"] if steps else 0)
+        if restarts == most:
+            _say_the_end(failure, most)
+            return train.FAILED
+        restarts += 1
+        print(f"{failure.cause}; restart {restarts} of {most}, from the newest checkpoint", file=sys.stderr)
+        arguments.recovering = failure
+        known = len(folder.events.entries())
+    return 0
+
+
+def _attempt(config: Config, arguments: argparse.Namespace, server: _ForkServer, scratch: str) -> Failure | None:
+    """Run all ranks to their end. Each attempt has a rendezvous and a store of its own: ranks that meet the addresses
+    which the ranks before them left in a store connect to nobody."""
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -94,15 +214,15 @@ def _start(config: Config, arguments: argparse.Namespace, scratch: str) -> int:
         signals_to_handle="SIGQUIT",
         logs_specs=DefaultLogsSpecs(log_dir=scratch),
     )
-    _pass_signals_on()
-    try:
-        elastic_launch(launch, _rank)(config, arguments)
-    except ChildFailedError as error:
-        _, first = error.get_first_failure()
-        return _failed(first)
-    except SignalException as stopped:
-        return 128 + stopped.sigval
-    return 0
+    server.ensure_running()
+    with _Watch(server) as watch:
+        try:
+            elastic_launch(launch, _rank)(config, arguments, watch.finished)
+        except ChildFailedError as error:
+            _, first = error.get_first_failure()
+            noticed = time.monotonic() if watch.noticed is None else watch.noticed
+            return Failure(first.local_rank, first.exitcode, _cause(first), noticed)
+    return None
 
 
 def _pass_signals_on() -> None:
@@ -122,26 +242,45 @@ def _pass_signals_on() -> None:
         signal.signal(heard, handle)
 
 
-def _failed(first: ProcessFailure) -> int:
-    """The exit status for the rank that failed first, and a line where the rank itself could not say why."""
-    if first.exitcode == train.USER_ERROR:
-        return train.USER_ERROR
-    ended = ""
+def _cause(first: ProcessFailure) -> str:
+    """What is known from outside about the rank that failed first."""
+    if first.exitcode == LOST_SERVER:
+        return "the process that started the ranks was ended"
     if first.exitcode < 0:
-        ended = f"rank {first.local_rank} was ended by {signal.Signals(-first.exitcode).name}"
-    elif first.exitcode == LOST_SERVER:
-        ended = "the process that started the ranks was ended"
-    if ended:
-        print(f"error: {ended}; to go on, give the same command", file=sys.stderr)
-    return train.FAILED
+        return f"rank {first.local_rank} was ended by {signal.Signals(-first.exitcode).name}"
+    return f"rank {first.local_rank} failed"
 
 
-def _rank(config: Config, arguments: argparse.Namespace) -> None:
+def _explained(failure: Failure, events: Sequence[Mapping[str, Any]]) -> Failure:
+    """With the rank's own words, where ``events``, those of the attempt, have some."""
+    if failure.status != train.FAILED:
+        return failure
+    own = (e["error"] for e in events if e.get("event") == "failed" and e.get("rank") == failure.rank)
+    words = next(own, None)
+    return failure if words is None else replace(failure, cause=f"{failure.cause}: {words}")
+
+
+def _note(folder: RunFolder, failure: Failure, step: int) -> None:
+    """Record a failure after ``step``, if there is a folder to record it in; on the screen it is said anyway."""
+    with contextlib.suppress(OSError):
+        folder.events.write("failure", rank=failure.rank, cause=failure.cause, step=step)
+
+
+def _say_the_end(failure: Failure, most: int) -> None:
+    """One line about a failure that is not recovered from, where the rank itself could not say it all."""
+    spent = f"; recovery.max_restarts={most} is used up" if most else ""
+    if spent or failure.status != train.FAILED:
+        print(f"error: {failure.cause}{spent}; to go on, give the same command", file=sys.stderr)
+
+
+def _rank(config: Config, arguments: argparse.Namespace, finished: multiprocessing.synchronize.Event) -> None:
     """What each rank runs: the same as under torchrun. The server that forked it outlives a launcher that is killed;
     the rank must not."""
     output.prepare()
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     status = train.as_rank(arguments, config)
+    if status not in (train.FAILED, train.USER_ERROR):
+        finished.set()
     if status:
         raise SystemExit(status)
 

@@ -27,6 +27,9 @@ from launch.run_folder import RunFolder
 
 USER_ERROR = 2
 FAILED = 1
+DIVERGED = 3
+"""A rank's status when the loss or its gradient is not finite: the launcher does not start it again, to the same end.
+The command's is FAILED."""
 LOST_PEER_SECONDS = 2.0
 LOCAL_RANKS_LIMIT = 64
 """Ranks that are started on a machine of few cores at most: each of them is a process with torch in it."""
@@ -59,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser().parse_intermixed_args(argv)
     except ConfigError as error:
         return _refuse(error)
+    arguments.recovering = None  # under torchrun, nobody tells a rank what it recovers from
     arguments.command = invocation(sys.argv[0], os.environ, Path.cwd())
     return as_rank(arguments) if "RANK" in os.environ else as_launcher(arguments)
 
@@ -168,10 +172,12 @@ def _is_inside(error: OSError, folder: RunFolder) -> bool:
 
 def is_users(error: Exception) -> bool:
     """Whether an error is about what the user gave, and its one line is all there is to say."""
+    from model.fp8.gemm import PrecisionError
     from parallel.checkpoint import CheckpointError
     from parallel.deepspeed_backend import BackendUnavailable
 
-    return isinstance(error, (ConfigError, DataError, output.OutputError, CheckpointError, BackendUnavailable))
+    users = (ConfigError, DataError, output.OutputError, CheckpointError, BackendUnavailable, PrecisionError)
+    return isinstance(error, users)
 
 
 def _fail(folder: RunFolder, rank: int, error: Exception, request: stop.StopRequest) -> int:

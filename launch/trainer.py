@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import resource
 import signal
 import sys
@@ -15,12 +16,14 @@ import torch.distributed as dist
 
 from launch.config import Config, ConfigError
 from launch.data import DataError, bits_per_byte, open_dataset
+from launch.drills.fault import PLAN, Plan
+from launch.drills.fault import read as read_plan
 from launch.metrics import LiveView, MetricsLog, median, print_summary
 from launch.rank import Place, together
 from launch.run_folder import RunFolder
 from launch.stop import StopRequest
 from launch.trace import Recorder
-from launch.train import FAILED
+from launch.train import DIVERGED
 from parallel import checkpoint
 from parallel.checkpoint import CheckpointError, DamagedCheckpointError, Progress
 from parallel.optimizer_config import learning_rate
@@ -50,22 +53,27 @@ class Trainer:
         self.progress = Progress(step=0, sequences=0)
 
     def run(self) -> int:
-        """Train to ``train.steps``. Exit status 0, 128 + N when signal N asked to stop, or 1, on all ranks alike, when
-        a loss or its gradient is not finite."""
+        """Train to ``train.steps``. Exit status 0, 128 + N when signal N asked to stop, or, on all ranks alike,
+        DIVERGED when a loss or its gradient is not finite."""
         config = self.config
+        drill = read_plan(Path(os.environ[PLAN]), self.folder.path) if PLAN in os.environ else None
         torch.manual_seed(config.train.seed + self.rank)
         self.data = together(lambda: open_dataset(config), (DataError,))
         lock = together(self._open_folder, (ConfigError,))
         try:
             self.worker = Worker(_job(config, self.device, self.here), self.rank)
+            if self.leads and self.worker.products is not None:
+                self._say(str(self.worker.products))
             self.recorder = Recorder(self.worker.program, config.layout, self.rank) if config.run.trace else None
+            if drill is not None:
+                self._expect_faults(drill)
             self._resume()
             stopped = self._train()
         except Diverged as error:
             if self.leads:
                 self.folder.events.write("diverged", step=self.progress.step + 1, error=str(error))
                 print(f"error: {error}", file=sys.stderr, flush=True)
-            return FAILED
+            return DIVERGED
         finally:
             if lock is not None:
                 lock.close()
@@ -81,6 +89,14 @@ class Trainer:
         for change in changes:
             self._say(f"changed since the last start: {change}")
         return lock
+
+    def _expect_faults(self, plan: Plan) -> None:
+        """Let a drill break this rank. Raises ConfigError for a fault that would never happen."""
+        from launch.drills.inject import arm
+
+        arm(plan, self.config, self.rank, self.worker, lambda: self.progress.step + 1)
+        if self.leads:
+            self._say(f"a drill: the faults of {plan.file} happen to this run")
 
     def _resume(self) -> None:
         """Go on from the newest checkpoint that is whole, if there is any.
@@ -123,6 +139,7 @@ class Trainer:
                     validation = entry["validation_bits_per_byte"] = self._validate()
                 if log is not None:
                     log.append(entry)
+                    self._note_recovery()
                     view.update(
                         step,
                         loss=entry["loss"],
@@ -140,6 +157,18 @@ class Trainer:
         if log is not None:
             self._finish(log, validation, stopped)
         return (self.stop.signal or signal.SIGINT) if stopped else 0
+
+    def _note_recovery(self) -> None:
+        """After the first step since the launcher started all ranks again: from what, and how long it took."""
+        failure, self.arguments.recovering = self.arguments.recovering, None
+        if failure is not None:
+            self.folder.events.write(
+                "recovery",
+                rank=failure.rank,
+                cause=failure.cause,
+                step=self.progress.step,
+                seconds=round(time.monotonic() - failure.noticed, 3),
+            )
 
     def _step(self) -> tuple[dict[str, Any], bool]:
         """One optimizer step: what ``metrics.jsonl`` says about it, and whether any rank was asked to stop."""
@@ -223,7 +252,7 @@ def _job(config: Config, device: torch.device, here: Place) -> Job:
         model=config.model,
         layout=layout,
         schedule=config.schedule.name,
-        dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.compute],
+        dtype=torch.float32 if config.precision.compute == "fp32" else torch.bfloat16,
         device=device,
         seed=train.seed,
         sequence_length=train.sequence_length,
@@ -231,13 +260,16 @@ def _job(config: Config, device: torch.device, here: Place) -> Job:
         micro_batch_size=train.micro_batch_size,
         optimizer=config.optimizer,
         dispatch=config.dispatch.kind,
+        fp8=config.precision.backend if config.precision.compute == "fp8" else None,
+        fp8_payload=config.fp8_payload,
         chunks=config.schedule.chunks,
         program=config.program(),
     )
 
 
 def _entry(step: int, result: StepResult, rate: float, tokens: int, seconds: float) -> dict[str, Any]:
-    """A line of ``metrics.jsonl``. Loads are by layer, the busiest expert over the mean; memory is rank 0's peak."""
+    """A line of ``metrics.jsonl``. Dispatch: bytes of all ranks, and the mean rank's waiting for them. Loads are by
+    layer, the busiest expert over the mean; memory is rank 0's peak."""
     unit_bytes = 1 if sys.platform == "darwin" else 1024
     memory = {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes}
     if torch.cuda.is_initialized():
@@ -252,6 +284,11 @@ def _entry(step: int, result: StepResult, rate: float, tokens: int, seconds: flo
         "tokens": tokens,
         "step_seconds": seconds,
         "tokens_per_second": tokens / seconds,
+        "dispatch": {
+            "inside_node_bytes": result.traffic.inside_bytes,
+            "between_nodes_bytes": result.traffic.between_bytes,
+            "waited_seconds": result.traffic.waited_s,
+        },
         "expert_load": {str(layer): load for layer, load in result.expert_load.items()},
         "peak_activations": result.peak_activations,
         "memory": memory,

@@ -1,0 +1,197 @@
+"""The run of a scenario: started as a user would, broken, watched to its end, and nothing of it left behind.
+
+All processes of a run carry the path of its fault plan, which is in a fresh folder, in their environment. That is how
+the drill tells its own from all others, orphans included.
+"""
+
+import contextlib
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from launch.config import Config, dump
+from launch.drills import damage as damages
+from launch.drills.damage import Damage
+from launch.drills.fault import PLAN, Plan
+from launch.drills.scenarios import EVERY, STEPS, Again, Scenario
+from launch.metrics import read_jsonl
+from launch.rank import die_with_parent
+from launch.run_folder import RunFolder
+from parallel.checkpoint import published
+
+INTERRUPT_AFTER = 2 * EVERY + 1
+"""The step after which a launcher is interrupted."""
+END_SECONDS = 5.0
+"""How long processes may take to be gone after the launcher is."""
+PLAN_FILE = "plan.json"
+_POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of the command. ``began``, ``ended`` and ``stepped``, when its first step was done, in seconds of
+    ``time.time``; ``status``: None when it did not end in time; ``steps``: done at its end."""
+
+    began: float
+    ended: float
+    stepped: float | None
+    status: int | None
+    steps: int
+    output: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a scenario did, and what it left. ``struck``: when each fault, or the interrupt, happened, None if it did
+    not; ``damaged``: the shard that was, if any, as CHECKPOINT/FILE."""
+
+    folder: RunFolder
+    attempts: list[Attempt]
+    struck: list[float | None]
+    damaged: str | None
+    leftovers: list[str]
+
+
+def drilled(config: Config, run: Path, restarts: int = 0) -> Config:
+    """The configuration that is drilled: the user's, with few steps, many checkpoints and no validation."""
+    return replace(
+        config,
+        train=replace(config.train, steps=STEPS, validate_every=0),
+        data=replace(config.data, validation_sequences=0),
+        checkpoint=replace(config.checkpoint, every=EVERY, keep=STEPS // EVERY),
+        recovery=replace(config.recovery, max_restarts=restarts),
+        run=replace(config.run, dir=str(run), trace=False),
+    )
+
+
+def undisturbed(config: Config, folder: Path) -> Evidence:
+    """The run that all others are compared with."""
+    with Drive(config, Plan(folder / PLAN_FILE)) as drive:
+        attempt = drive.start()
+        return Evidence(drive.run, [attempt], [], None, drive.leftovers())
+
+
+def disturbed(scenario: Scenario, config: Config, folder: Path, control: bool, limit_seconds: float) -> Evidence:
+    """Run a scenario in a fresh folder; ``control``: without what protects the run. Each start may take
+    ``limit_seconds``. Raises ConfigError for faults that would never happen to this configuration."""
+    restarts = len(scenario.faults) if scenario.again is Again.LAUNCHER and not control else 0
+    plan = Plan(folder / PLAN_FILE, scenario.faults, verify_checkpoints=not control)
+    with Drive(config, plan, restarts, limit_seconds) as drive:
+        attempts, damaged = [drive.start(scenario.interrupt)], None
+        # A launcher that was killed cannot remove its temporary files; its processes have to be gone all the same.
+        leftovers = drive.leftovers(files_too=scenario.interrupt is not signal.SIGKILL)
+        if scenario.again is Again.USER and attempts[0].status == scenario.status:
+            if scenario.damage is not None:
+                damaged = drive.damage(scenario.damage)
+            attempts.append(drive.start())
+            leftovers += drive.leftovers()
+        return Evidence(drive.run, attempts, drive.struck(), damaged, leftovers)
+
+
+class Drive:
+    """The starts of one run, in the folder of its plan, which is made here; each may take ``limit_seconds``.
+
+    A context manager; once it is left, by whatever way, no process of the run is alive.
+    """
+
+    def __init__(self, config: Config, plan: Plan, restarts: int = 0, limit_seconds: float = math.inf) -> None:
+        folder = plan.file.parent
+        config = drilled(config, folder / "run", restarts)
+        plan.check(config)
+        self.plan, self.limit_seconds, self.run = plan, limit_seconds, RunFolder(config)
+        self.config_file, self.output, self.temporary = folder / "config.yaml", folder / "output.txt", folder / "tmp"
+        self._interrupted: float | None = None
+        self.temporary.mkdir(parents=True)
+        plan.write()
+        self.config_file.write_text(dump(config))
+
+    def __enter__(self) -> "Drive":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while processes := self._processes():  # one of them may have been about to fork another
+            _kill(processes)
+
+    def start(self, interrupt: signal.Signals | None = None) -> Attempt:
+        """Train until the command ends, or until ``limit_seconds`` are over; ``interrupt`` it in the middle."""
+        resumed, began = len(self._resumes()), time.time()
+        environment = {**os.environ, PLAN: str(self.plan.file), "TMPDIR": str(self.temporary)}
+        words = [sys.executable, "-m", "launch.cli", "train", str(self.config_file), "--json"]
+        with self.output.open("w") as output:
+            process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the drill
+                preexec_fn=die_with_parent,
+            )
+        stepped = None
+        while process.poll() is None and time.time() - began < self.limit_seconds:
+            steps = self.steps()
+            if stepped is None and len(self._resumes()) > resumed and steps > self._resumes()[-1]:
+                stepped = time.time()
+            if interrupt is not None and self._interrupted is None and steps >= INTERRUPT_AFTER:
+                self._interrupted = time.time()
+                process.send_signal(interrupt)
+            time.sleep(_POLL_SECONDS)
+        return Attempt(began, time.time(), stepped, process.poll(), self.steps(), self.output.read_text())
+
+    def damage(self, damage: Damage) -> str:
+        """Damage the newest checkpoint -> CHECKPOINT/FILE of the shard."""
+        *_, older, newest = published(self.run.checkpoints)
+        return f"{newest.name}/{damages.apply(damage, newest, older)}"
+
+    def steps(self) -> int:
+        """The last step in the run's metrics, 0 for none."""
+        entries = read_jsonl(self.run.metrics_file)
+        return int(entries[-1]["step"]) if entries else 0
+
+    def struck(self) -> list[float | None]:
+        """When each fault, or the interrupt, happened, in seconds of ``time.time``; None if it did not."""
+        marks = [self.plan.mark(fault) for fault in self.plan.faults]
+        return [float(file.read_text()) if file.exists() else None for file in marks] or [self._interrupted]
+
+    def leftovers(self, files_too: bool = True) -> list[str]:
+        """What a start left: processes, which are killed, and temporary files, which are removed."""
+        deadline = time.monotonic() + END_SECONDS
+        while (processes := self._processes()) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        _kill(processes)
+        files = list(self.temporary.iterdir())
+        for path in files:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return [f"process {process.pid}" for process in processes] + [path.name for path in files if files_too]
+
+    def _processes(self) -> list[psutil.Process]:
+        """All living processes of the run."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(PLAN) == str(self.plan.file) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def _resumes(self) -> list[int]:
+        """The steps of the checkpoints that were resumed from, in order."""
+        return [entry["step"] for entry in self.run.events.entries() if entry.get("event") == "resume"]
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=END_SECONDS)

@@ -1,0 +1,118 @@
+"""A fault plan: which rank breaks how, and at which point of which step. Plain data, kept in a file.
+
+A rank looks for a plan only when the variable ``DUALPIPE_FAULT_PLAN`` names its file, and the plan is only for a run
+whose folder lies beside that file: left in a shell by accident, the variable stops every other run at its start.
+"""
+
+import enum
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.config import Config, ConfigError
+
+PLAN = "DUALPIPE_FAULT_PLAN"
+
+
+class Point(enum.Enum):
+    """Where in a step; a rank passes the computing points several times in a step, and breaks at the first."""
+
+    FORWARD = "forward"
+    """Before a forward, alone or half of a pair."""
+    BACKWARD = "backward"
+    """Before a backward, a whole one or that for inputs, alone or half of a pair."""
+    OPTIMIZER = "optimizer"
+    """After the rank's masters were updated, before the new parameters are gathered."""
+    SHARD = "shard"
+    """In the save after the step, when the rank opens the file of its shard."""
+    PUBLISH = "publish"
+    """In that save, when all is written and rank 0 is about to give the checkpoint its name."""
+
+
+class Action(enum.Enum):
+    KILL = "SIGKILL"
+    SEGFAULT = "SIGSEGV"
+    ABORT = "SIGABRT"
+    RAISE = "InjectedError"
+    FULL_DISK = "File too large"
+    """From here on no file that the rank writes may grow beyond a few bytes: the kernel's limit for the process."""
+
+    @property
+    def shows_as(self) -> str:
+        """The word by which the run has to name this cause."""
+        return self.value
+
+
+SAVING = (Point.SHARD, Point.PUBLISH)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``rank`` below 0 counts from the last one, as indices do; ``step`` counts from 1."""
+
+    action: Action
+    rank: int
+    step: int
+    point: Point
+
+    def happens_to(self, rank: int, world_size: int) -> bool:
+        return rank == (self.rank if self.rank >= 0 else world_size + self.rank)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The faults that ``file`` holds. ``verify_checkpoints``: False has checkpoints loaded without a look at their
+    checksums, which is what a drill compares the protection with."""
+
+    file: Path
+    faults: tuple[Fault, ...] = ()
+    verify_checkpoints: bool = True
+
+    def write(self) -> None:
+        faults = [{**asdict(f), "action": f.action.name, "point": f.point.name} for f in self.faults]
+        values = {"faults": faults, "verify_checkpoints": self.verify_checkpoints}
+        self.file.write_text(json.dumps(values, indent=1) + "\n")
+
+    def mark(self, fault: Fault) -> Path:
+        """The file that says when a fault happened, in seconds of ``time.time``; each happens once."""
+        return self.file.with_name(f"{self.file.name}.happened-{self.faults.index(fault)}")
+
+    def check(self, config: Config) -> None:
+        """Refuse a fault that would never happen to the run. Raises ConfigError."""
+        ranks, steps, every = config.layout.world_size, config.train.steps, config.checkpoint.every
+        for fault in self.faults:
+            what = f"{fault.action.name} of rank {fault.rank} at {fault.point.value} in step {fault.step}"
+            if not -ranks <= fault.rank < ranks:
+                raise ConfigError(f"the fault {what} would never happen: the run has {ranks} ranks")
+            if not 1 <= fault.step <= steps:
+                raise ConfigError(f"the fault {what} would never happen: train.steps={steps}")
+            saves = fault.step == steps or (every > 0 and fault.step % every == 0)
+            if fault.point in SAVING and not saves:
+                raise ConfigError(f"the fault {what} would never happen: checkpoint.every={every}")
+            if fault.point is Point.PUBLISH and not fault.happens_to(0, ranks):
+                raise ConfigError(f"the fault {what} would never happen: rank 0 publishes")
+        struck = {fault.rank % ranks for fault in self.faults}
+        if len(struck) < len(self.faults):
+            raise ConfigError(
+                f"{len(self.faults)} faults must strike as many ranks; they strike {len(struck)} of {ranks}"
+            )
+
+
+def read(file: Path, run: Path) -> Plan:
+    """The plan in ``file``, for the run in the folder ``run``. Raises ConfigError when it is for another run."""
+    if not run.resolve().is_relative_to(file.parent.resolve()):
+        raise ConfigError(f"{PLAN}={file} is a fault plan for a run in {file.parent}, not for run.dir={run}: unset it")
+    try:
+        values = json.loads(file.read_text())
+        faults = tuple(_fault(fault) for fault in values["faults"])
+        if type(values["verify_checkpoints"]) is not bool:
+            raise TypeError("verify_checkpoints must be true or false")
+        return Plan(file, faults, values["verify_checkpoints"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{PLAN}={file} must be a fault plan: {error!r}") from None
+
+
+def _fault(values: Mapping[str, Any]) -> Fault:
+    return Fault(Action[values["action"]], int(values["rank"]), int(values["step"]), Point[values["point"]])

@@ -1,0 +1,83 @@
+"""What is drilled. Every run takes ``STEPS`` steps and writes a checkpoint after each second one, so that a fault in
+step 6 finds checkpoints of steps 2 and 4, and one step after them already taken."""
+
+import enum
+import signal
+from dataclasses import dataclass
+
+from launch.drills.damage import Damage
+from launch.drills.fault import SAVING, Action, Fault, Point
+
+STEPS = 8
+EVERY = 2
+_FAULT_STEP = 6
+
+
+class Again(enum.Enum):
+    """Who starts the ranks again."""
+
+    LAUNCHER = "the launcher"
+    USER = "the user"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """``faults`` break ranks; or ``interrupt`` is sent to the launcher, once a step after the second checkpoint is
+    done. The first start ends with ``status``. Before the user's second start, ``damage`` is done to the newest
+    checkpoint. ``lost_steps``: how many steps may have to be taken again, at most."""
+
+    name: str
+    broken: str
+    lost_steps: int
+    faults: tuple[Fault, ...] = ()
+    interrupt: signal.Signals | None = None
+    damage: Damage | None = None
+    again: Again = Again.USER
+    status: int = 0
+
+
+def _rank_dies(name: str, action: Action, point: Point, broken: str, rank: int = -1) -> Scenario:
+    lost_steps = EVERY if point in SAVING else 1
+    return Scenario(name, broken, lost_steps, (Fault(action, rank, _FAULT_STEP, point),), again=Again.LAUNCHER)
+
+
+def _damaged(name: str, damage: Damage) -> Scenario:
+    killed = Fault(Action.KILL, -1, _FAULT_STEP, Point.FORWARD)
+    # Step 5, and those since the checkpoint before.
+    return Scenario(name, f"newest checkpoint: {damage.value}", 1 + EVERY, (killed,), damage=damage, status=1)
+
+
+_ALL = (
+    _rank_dies("kill-forward", Action.KILL, Point.FORWARD, "last rank killed in a forward"),
+    _rank_dies("kill-backward", Action.KILL, Point.BACKWARD, "last rank killed in a backward"),
+    _rank_dies("kill-optimizer", Action.KILL, Point.OPTIMIZER, "last rank killed after its part of the update"),
+    _rank_dies("kill-save", Action.KILL, Point.SHARD, "last rank killed while it writes its shard"),
+    _rank_dies("kill-publish", Action.KILL, Point.PUBLISH, "rank 0 killed as it publishes a checkpoint", rank=0),
+    _rank_dies("exception", Action.RAISE, Point.BACKWARD, "exception in a backward of the last rank"),
+    _rank_dies("segfault", Action.SEGFAULT, Point.FORWARD, "segmentation fault in the last rank"),
+    _rank_dies("abort", Action.ABORT, Point.BACKWARD, "abort in the last rank"),
+    Scenario(
+        "kill-two",
+        "first and last rank killed at once",
+        lost_steps=1,
+        faults=tuple(Fault(Action.KILL, rank, _FAULT_STEP, Point.FORWARD) for rank in (0, -1)),
+        again=Again.LAUNCHER,
+    ),
+    Scenario("terminate", "SIGTERM to the launcher", 0, interrupt=signal.SIGTERM, status=128 + signal.SIGTERM),
+    # A step more may be taken between the look at the metrics and the signal.
+    Scenario("kill-launcher", "launcher killed", EVERY, interrupt=signal.SIGKILL, status=-signal.SIGKILL),
+    _damaged("bit-flip", Damage.BIT_FLIP),
+    _damaged("zeroed-page", Damage.ZEROED_PAGE),
+    _damaged("truncation", Damage.TRUNCATION),
+    _damaged("missing-shard", Damage.MISSING_SHARD),
+    _damaged("stale-shard", Damage.STALE_SHARD),
+    Scenario(
+        "disk-full",
+        "no room for the last rank's shard",
+        lost_steps=EVERY,
+        faults=(Fault(Action.FULL_DISK, -1, _FAULT_STEP, Point.SHARD),),
+        status=2,
+    ),
+)
+
+SCENARIOS = {scenario.name: scenario for scenario in _ALL}

@@ -1,0 +1,263 @@
+"""Drills on real runs of two ranks; then what holds for fault plans, damage and verdicts of any kind."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from launch import drill
+from launch.config import ConfigError, load
+from launch.drills import damage as damages
+from launch.drills import drive, verdict
+from launch.drills.damage import Damage
+from launch.drills.drive import Attempt, Drive, Evidence
+from launch.drills.fault import PLAN, Action, Fault, Plan, Point, read
+from launch.drills.scenarios import SCENARIOS, STEPS
+from launch.drills.verdict import Ending, judge
+from launch.run_folder import RunFolder
+from parallel import checkpoint, manifest
+from parallel.checkpoint import Progress
+from tests.launch.runs import ROOT
+
+TWO_RANKS = {"layout: {pipeline: 2, data: 2, expert: 2}": "layout: {pipeline: 1, data: 2, expert: 2}"}
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder for temporary files; pytest's own has a path too long for the sockets in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
+@pytest.fixture
+def two_ranks(config: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    text = config.read_text()
+    for old, new in TWO_RANKS.items():
+        assert old in text
+        text = text.replace(old, new)
+    config.write_text(text)
+    monkeypatch.chdir(ROOT)
+    return config
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """The command listens to signals for as long as its process lives."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_killed_rank_and_a_flipped_bit_do_not_show_in_the_end(
+    two_ranks: Path, temporary: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = drill.main(["kill-optimizer", "bit-flip", "--config", str(two_ranks), "--json"])
+    out, error = capsys.readouterr()
+    assert status == 0, out + error
+    killed, flipped = json.loads(out)
+    assert killed["scenario"] == "kill-optimizer" and killed["culprit"] == "rank 1 was ended by SIGKILL"
+    assert re.fullmatch(r"step-00000004/__\d_0.distcp", flipped["culprit"])
+    for found in (killed, flipped):
+        assert found["passed"] and found["bitwise_equal"] and found["leftovers"] == []
+        assert 0 < found["detected_s"] < found["recovered_s"]
+    # Step 5 was done and no checkpoint had it; with the checkpoint of step 4 damaged, 3 and 4 go too.
+    assert (killed["lost_steps"], flipped["lost_steps"]) == (1, 3)
+    assert list(temporary.iterdir()) == []
+
+
+def test_without_the_checksums_a_flipped_bit_fails_the_drill(
+    two_ranks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = drill.main(["bit-flip", "--control", "--config", str(two_ranks)])
+    out, error = capsys.readouterr()
+    assert status == 1, out + error
+    assert re.search(r"\nbit-flip .* differs .* FAILED\n", out)
+    assert "\n    the state after the last step differs\n" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["kill-foward"], "SCENARIO='kill-foward' is not a scenario; did you mean kill-forward?"),
+        (["--control", "terminate"], "scenario terminate has no protection that can be switched off"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--nothing"], "--nothing"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert drill.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and said in line
+
+
+def test_two_ranks_that_there_are_not_are_refused_before_anything_runs(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = config.read_text().replace("layout: {pipeline: 2, data: 2, expert: 2}", "layout: {pipeline: 1}")
+    config.write_text(text)
+    assert drill.main(["kill-two", "--config", str(config)]) == 2
+    assert "2 faults must strike as many ranks; they strike 1 of 1" in capsys.readouterr().err
+
+
+def test_the_list_has_every_scenario(capsys: pytest.CaptureFixture[str]) -> None:
+    assert drill.main(["--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(SCENARIOS)
+
+
+def test_every_scenario_would_happen_to_the_default_configuration() -> None:
+    config = load(drill.DEFAULT, drill.SHRUNK)
+    for scenario in SCENARIOS.values():
+        Plan(Path(), scenario.faults).check(drive.drilled(config, Path("run")))
+
+
+FAULTS = st.builds(Fault, st.sampled_from(Action), st.integers(-8, 8), st.integers(1, 1000), st.sampled_from(Point))
+
+
+@given(st.lists(FAULTS).map(tuple), st.booleans())
+def test_a_plan_reads_back_as_it_was_written(faults: tuple[Fault, ...], verify: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        plan = Plan(Path(folder) / "plan.json", faults, verify)
+        plan.write()
+        assert read(plan.file, Path(folder) / "run") == plan
+
+
+def test_a_plan_that_was_left_in_the_environment_stops_any_other_run(tmp_path: Path) -> None:
+    (tmp_path / "drill").mkdir()
+    file = tmp_path / "drill" / "plan.json"
+    Plan(file).write()
+    with pytest.raises(ConfigError, match=f"{PLAN}=.* not for run.dir=.*unset it"):
+        read(file, tmp_path / "run")
+    file.write_text("{}")
+    with pytest.raises(ConfigError, match="must be a fault plan"):
+        read(file, tmp_path / "drill" / "run")
+
+
+@pytest.mark.parametrize(
+    ("fault", "rule"),
+    [
+        (Fault(Action.KILL, 4, 6, Point.FORWARD), "the run has 4 ranks"),
+        (Fault(Action.KILL, -5, 6, Point.FORWARD), "the run has 4 ranks"),
+        (Fault(Action.KILL, 0, STEPS + 1, Point.FORWARD), f"train.steps={STEPS}"),
+        (Fault(Action.KILL, 0, 5, Point.SHARD), "checkpoint.every=2"),
+        (Fault(Action.KILL, 1, 6, Point.PUBLISH), "rank 0 publishes"),
+    ],
+)
+def test_a_fault_that_would_never_happen_is_refused(fault: Fault, rule: str) -> None:
+    config = drive.drilled(load(drill.DEFAULT, drill.SHRUNK), Path("run"))
+    with pytest.raises(ConfigError, match=f"would never happen: {rule}"):
+        Plan(Path(), (fault,)).check(config)
+    Plan(Path(), (replace(fault, rank=0, step=6),)).check(config)
+
+
+def _checkpoint(folder: Path, step: int) -> Path:
+    path = folder / f"step-{step:08d}"
+    state = {"master.weight": torch.randn(4096), "first_moment.weight": torch.zeros(8192)}
+    save(state, checkpoint_id=path, no_dist=True)
+    checkpoint.seal(path, Progress(step, step), manifest.describe(path, (f.name for f in path.glob("*.distcp"))))
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("damage", Damage)
+def test_damage_is_seen_and_its_file_named(damage: Damage, tmp_path: Path) -> None:
+    older, newest = _checkpoint(tmp_path, 2), _checkpoint(tmp_path, 4)
+    assert checkpoint.damage(newest) is None
+    before = verdict._state(newest)
+    name = damages.apply(damage, newest, older)
+    assert name in (checkpoint.damage(newest) or "")
+    assert checkpoint.damage(older) is None
+    if damage in (Damage.BIT_FLIP, Damage.ZEROED_PAGE, Damage.STALE_SHARD):  # torch loads these without a word
+        assert verdict._state(newest) != before
+
+
+def _evidence(tmp_path: Path, **changes: object) -> Evidence:
+    """Of a run whose last rank was killed in step 6, and that recovered as it should."""
+    config = drive.drilled(load(drill.DEFAULT, drill.SHRUNK), tmp_path)
+    folder = RunFolder(config)
+    folder.events.path.unlink(missing_ok=True)
+    folder.events.write("start", world_size=4)
+    folder.events.write("failure", rank=3, cause="rank 3 was ended by SIGKILL", step=5)
+    folder.events.write("resume", step=4)
+    folder.events.write("recovery", step=5)
+    whole = Evidence(folder, [Attempt(0.0, 9.0, 2.0, 0, STEPS, "")], [1.0], None, [])
+    return replace(whole, **changes)
+
+
+GOOD = Ending(list(range(1, STEPS + 1)), [float(step).hex() for step in range(STEPS)], "aa")
+
+
+def test_a_verdict_names_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scenario, end = SCENARIOS["kill-forward"], GOOD
+    monkeypatch.setattr(verdict, "ending", lambda folder: end)
+    good = judge(scenario, _evidence(tmp_path), GOOD)
+    assert good.passed and good.bitwise_equal and good.lost_steps == 1
+
+    failed = Attempt(0.0, 9.0, 2.0, 1, 5, "error: no")
+    for changes, problem in (
+        ({"leftovers": ["process 7"]}, "left behind: process 7"),
+        ({"struck": [None]}, "the fault did not happen"),
+        ({"attempts": [failed]}, "start 1 ended with status 1, not 0, and said: error: no"),
+    ):
+        assert judge(scenario, _evidence(tmp_path, **changes), GOOD).problems == [problem]
+    for old, new, problem in (
+        ('"rank": 3', '"rank": 2', "the culprit was not named"),
+        ("SIGKILL", "SIGSEGV", "the culprit was not named"),
+        ('"resume"', '"start"', "it did not go on from a checkpoint"),
+        ('"step": 4', '"step": 2', "3 steps were lost, of 1 at most"),
+    ):
+        wrong = _evidence(tmp_path)
+        events = wrong.folder.events.path.read_text()
+        assert old in events
+        wrong.folder.events.path.write_text(events.replace(old, new))
+        assert judge(scenario, wrong, GOOD).problems == [problem]
+
+    losses = [*GOOD.losses[:-1], "0x0p+0"]
+    for other, problem in (
+        (replace(GOOD, steps=[*range(1, STEPS), STEPS - 1]), "the steps in its metrics are"),
+        (replace(GOOD, losses=losses), f"the losses differ from step {STEPS}"),
+        (replace(GOOD, state="ab"), "the state after the last step differs"),
+        (replace(GOOD, state=None), "it has no whole checkpoint of the last step"),
+    ):
+        end = other
+        found = judge(scenario, _evidence(tmp_path), GOOD)
+        assert not found.bitwise_equal and len(found.problems) == 1 and found.problems[0].startswith(problem)
+
+
+def test_only_the_drills_own_processes_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drive, "END_SECONDS", 0.2)
+    config = load(drill.DEFAULT, drill.SHRUNK)
+    sleep = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"]
+
+    def started(plan: Path) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(sleep, env={**os.environ, PLAN: str(plan)}, stdout=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.readline() == b"\n"
+        return process
+
+    with Drive(config, Plan(tmp_path / "drill" / "plan.json")) as mine:
+        own, other = started(mine.plan.file), started(tmp_path / "plan.json")
+        try:
+            (mine.temporary / "forgotten").touch()
+            assert mine.leftovers() == [f"process {own.pid}", "forgotten"]
+            assert not psutil.pid_exists(own.pid)
+            assert psutil.Process(other.pid).is_running() and other.poll() is None
+            assert mine.leftovers() == []
+            interrupted = started(mine.plan.file)
+        finally:
+            other.kill()
+            other.wait()
+    assert not psutil.pid_exists(interrupted.pid)

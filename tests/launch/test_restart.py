@@ -1,0 +1,115 @@
+"""Ranks that die and are started again by the launcher."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch import local
+from launch.drills.fault import PLAN, Action, Fault, Plan, Point
+from launch.local import LOST_SERVER, Failure
+from launch.train import DIVERGED, FAILED, USER_ERROR
+from tests.launch.runs import ONE_RANK, ROOT, command, entries, train
+
+TWO_RANKS = ["layout.pipeline=1", "layout.data=2"]
+
+
+def test_a_run_goes_on_by_itself_until_its_restarts_are_used_up(config: Path, tmp_path: Path) -> None:
+    raised, killed = Fault(Action.RAISE, 0, 4, Point.BACKWARD), Fault(Action.KILL, 1, 6, Point.FORWARD)
+    plan = Plan(tmp_path / "plan.json", (raised, killed))
+    plan.write()
+    result = subprocess.run(
+        command(config, *TWO_RANKS, "recovery.max_restarts=1"),
+        cwd=ROOT,
+        env={**os.environ, PLAN: str(plan.file)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 1
+    own, restart, last = result.stderr.splitlines()
+    assert own.startswith("error: rank 0: InjectedError: raised by a drill (traceback in ")
+    assert restart == "rank 0 failed: InjectedError: raised by a drill; restart 1 of 1, from the newest checkpoint"
+    assert last == (
+        "error: rank 1 was ended by SIGKILL; recovery.max_restarts=1 is used up; to go on, give the same command"
+    )
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    kept = [event for event in events if event["event"] in ("failure", "resume", "recovery")]
+    first, resume, recovery, second = kept
+    assert (first["event"], first["rank"], first["step"]) == ("failure", 0, 3)
+    assert (resume["event"], resume["step"]) == ("resume", 2)
+    assert (recovery["event"], recovery["cause"], recovery["step"]) == ("recovery", first["cause"], 3)
+    assert 0 < recovery["seconds"] < 60
+    assert (second["event"], second["rank"], second["step"]) == ("failure", 1, 5)
+    assert [entry["step"] for entry in entries(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_a_divergence_is_not_tried_again(config: Path, tmp_path: Path) -> None:
+    diverging = ["optimizer.learning_rate=1e30", "optimizer.warmup_steps=0", "recovery.max_restarts=2"]
+    result = train(config, *ONE_RANK, *diverging)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert "must be finite" in line
+    assert (tmp_path / "run" / "events.jsonl").read_text().count('"start"') == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "again"),
+    [
+        (-signal.SIGKILL, True),
+        (-signal.SIGSEGV, True),
+        (FAILED, True),
+        (LOST_SERVER, True),
+        (USER_ERROR, False),
+        (DIVERGED, False),
+        (128 + signal.SIGTERM, False),
+    ],
+)
+def test_what_the_user_has_to_mend_or_asked_for_is_not_tried_again(status: int, again: bool) -> None:
+    assert Failure(0, status, "", 0.0).can_recover == again
+
+
+class _Server:
+    """Ranks that hear no SIGTERM."""
+
+    def __init__(self, count: int) -> None:
+        words = "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+        self.processes = [subprocess.Popen([sys.executable, "-c", words], stdout=subprocess.PIPE) for _ in range(count)]
+        for process in self.processes:
+            assert process.stdout is not None and process.stdout.readline() == b"\n"
+
+    def ranks(self) -> set[psutil.Process]:
+        found = set()
+        for process in self.processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.poll() is None:
+                    found.add(psutil.Process(process.pid))
+        return found
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_ranks_that_outlive_a_dead_one_are_killed_unless_they_all_left(
+    finished: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "GRACE_SECONDS", 0.3)
+    server = _Server(2)
+    first, second = server.processes
+    with local._Watch(server) as watch:
+        if finished:
+            watch.finished.set()
+        while len(watch._seen) < 2:
+            pass
+        first.kill()
+        if finished:
+            with pytest.raises(subprocess.TimeoutExpired):
+                second.wait(timeout=1)
+        else:
+            assert second.wait(timeout=10) == -signal.SIGKILL
+        assert watch.noticed is not None
+    assert not psutil.pid_exists(second.pid)
