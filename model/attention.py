@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.linear import Linear, gemm_operand
+from model.linear import Linear
 from model.norm import RMSNorm
 from model.rope import rotate
 
@@ -114,6 +114,11 @@ def attend(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, scale: float | None =
     scores."""
     width = v_BSHV.shape[-1]
     v_BSHK = F.pad(v_BSHV, (0, q_BSHK.shape[-1] - width)) if width < q_BSHK.shape[-1] else v_BSHV
-    q, k, v = (gemm_operand(t).transpose(1, 2) for t in (q_BSHK, k_BSHK, v_BSHK))
+    q, k, v = (_core_operand(t).transpose(1, 2) for t in (q_BSHK, k_BSHK, v_BSHK))
     out_BHSK = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return out_BHSK.transpose(1, 2)[..., :width].to(v_BSHV.dtype)
+
+
+def _core_operand(x: Tensor) -> Tensor:
+    """A CPU's fused core is faster in FP32 than in BF16, by a third with AVX512_BF16, but for AMX."""
+    return x.float() if x.device.type == "cpu" and not torch.cpu._is_amx_tile_supported() else x

@@ -94,15 +94,20 @@ def own(module: nn.Module, owner: WeightGradients | None) -> None:
 
 
 @cache
-def _slow_bf16(device_type: str) -> bool:
-    # Without AMX tiles, a CPU multiplies BF16 at half its FP32 rate. Products of BF16 numbers are exact in FP32 and
-    # both paths accumulate in FP32, so widening the operands changes the order of a sum and nothing else.
-    return device_type == "cpu" and not torch.cpu._is_amx_tile_supported()
+def _slow_bf16(device_type: str, grouped: bool) -> bool:
+    # A CPU with AMX or AVX512_BF16 multiplies BF16 at twice its FP32 rate or more, one without at half of it. And
+    # oneDNN compiles a BF16 product for every shape: with other numbers of rows for each expert every time, that eats
+    # what AVX512_BF16 gains. Products of BF16 numbers are exact in FP32 and both paths accumulate in FP32, so widening
+    # the operands changes the order of a sum and nothing else.
+    if device_type != "cpu" or torch.cpu._is_amx_tile_supported():
+        return False
+    return grouped or not torch.cpu._is_avx512_bf16_supported()
 
 
-def gemm_operand(x: Tensor) -> Tensor:
-    """``x`` in the format in which this device multiplies it fastest: FP32 instead of BF16 on most CPUs."""
-    return x.float() if x.dtype == torch.bfloat16 and _slow_bf16(x.device.type) else x
+def gemm_operand(x: Tensor, grouped: bool = False) -> Tensor:
+    """``x`` in the format in which this device multiplies it fastest, alone or by expert: FP32 instead of BF16 on many
+    CPUs."""
+    return x.float() if x.dtype == torch.bfloat16 and _slow_bf16(x.device.type, grouped) else x
 
 
 class _SplitLinear(torch.autograd.Function):
@@ -154,20 +159,22 @@ class _SplitGroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x_RD: Tensor, weight_EFD: nn.Parameter, ends_E: Tensor, owner: WeightGradients) -> Tensor:
         ctx.save_for_backward(x_RD, weight_EFD, ends_E)
         ctx.weight, ctx.owner = weight_EFD, owner
-        y_RF = F.grouped_mm(gemm_operand(x_RD), gemm_operand(weight_EFD).transpose(1, 2), offs=ends_E)
+        y_RF = F.grouped_mm(
+            gemm_operand(x_RD, grouped=True), gemm_operand(weight_EFD, grouped=True).transpose(1, 2), offs=ends_E
+        )
         return y_RF.to(x_RD.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_RD, weight_EFD, ends_E = ctx.saved_tensors
         x_RD = x_RD.detach()
-        gy_RF = gemm_operand(grads[0].contiguous())
+        gy_RF = gemm_operand(grads[0].contiguous(), grouped=True)
 
         def contribute(buffer_EFD: Tensor) -> None:
-            buffer_EFD.add_(F.grouped_mm(gy_RF.t(), gemm_operand(x_RD), offs=ends_E))
+            buffer_EFD.add_(F.grouped_mm(gy_RF.t(), gemm_operand(x_RD, grouped=True), offs=ends_E))
 
         ctx.owner.defer(ctx.weight, contribute)
-        gx_RD = F.grouped_mm(gy_RF, gemm_operand(weight_EFD), offs=ends_E).to(x_RD.dtype)
+        gx_RD = F.grouped_mm(gy_RF, gemm_operand(weight_EFD, grouped=True), offs=ends_E).to(x_RD.dtype)
         return gx_RD, None, None, None
 
 

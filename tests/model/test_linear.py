@@ -131,7 +131,7 @@ def test_embedding(tokens: list[int], dtype: torch.dtype, seed: int) -> None:
 @pytest.mark.parametrize("kind", ["linear", "grouped"])
 def test_bf16_rounds_its_results_and_nothing_else(kind: str, widened: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # Both ways to multiply BF16: its operands widened to FP32, and as the device does it.
-    monkeypatch.setattr(model.linear, "_slow_bf16", lambda device_type: widened)
+    monkeypatch.setattr(model.linear, "_slow_bf16", lambda device_type, grouped: widened)
     for seed in range(10):
         module = Linear(16, 8) if kind == "linear" else GroupedLinear(3, 16, 8)
         layer = filled(module, seed).bfloat16()
