@@ -8,6 +8,7 @@ each wait, so that a message finds its buffer waiting and no channel holds more 
 from collections import defaultdict
 from itertools import accumulate
 
+from dualpipe.collector import paused_collector
 from dualpipe.dataflow import made, maker, needed
 from dualpipe.program import (
     Free,
@@ -60,6 +61,7 @@ class _Inbox:
         return posts
 
 
+@paused_collector()
 def lower(program: Program, window: int = 2, training: bool = True) -> Program:
     """The program with sends, receives, waits and frees and, when ``training``, the reduce, step and gather at its end.
 

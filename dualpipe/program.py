@@ -23,6 +23,8 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
+from dualpipe.collector import paused_collector
+
 
 class Op(Enum):
     """What a computing slot does with one micro-batch in one stage."""
@@ -244,6 +246,7 @@ def parse_slot(text: str) -> Slot:
     raise ProgramError(f"{text!r} is not a slot (F0.3, F0.5&B1.2, send:A1.3>1, wait:G0.3<1, free:0.3, reduce:0, step)")
 
 
+@paused_collector()
 def parse(text: str) -> Program:
     """A program from its text form. Raises ProgramError with the line number and what was expected there."""
     lines = text.splitlines()

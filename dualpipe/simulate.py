@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+from dualpipe.collector import paused_collector
 from dualpipe.cost import Costs
 from dualpipe.program import Compute, Overlap, Program, Slot
 from dualpipe.progress import Progress, Span, Transport
@@ -69,6 +70,7 @@ class Simulation:
         return answer if self.peak_bytes is None else {**answer, "peak_bytes": list(self.peak_bytes)}
 
 
+@paused_collector()
 def simulate(program: Program, costs: Costs, transport: Transport = Transport.EAGER) -> Simulation:
     """Play a lowered program.
 

@@ -7,6 +7,7 @@ the order of the collectives, and last whether all of them come to the end of th
 from collections import defaultdict
 from itertools import combinations, zip_longest
 
+from dualpipe.collector import paused_collector
 from dualpipe.cost import Costs
 from dualpipe.dataflow import made, maker, needed
 from dualpipe.program import (
@@ -36,6 +37,7 @@ End = list[tuple[int, Slot]]
 """What one end of a channel does, with the indices of the slots."""
 
 
+@paused_collector()
 def validate(program: Program) -> None:
     """Raises ProgramError, naming rank, slot and what is wrong, unless the lowered program
 
@@ -70,6 +72,7 @@ def validate(program: Program) -> None:
     _check_ends(program)
 
 
+@paused_collector()
 def validate_order(program: Program) -> None:
     """Raises ProgramError, naming rank, slot and what is wrong, unless the compute order, which has no messages yet,
     is complete, has every operation after what it needs on its rank, and lets every rank come to its end when a
