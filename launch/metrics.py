@@ -213,7 +213,8 @@ def print_summary(
             rows.append((label, f"{middle:{form}} {unit}"))
     rows.append(("run folder", run_dir))
     own = [given for given in overrides if given.partition("=")[0].strip() not in ("run.dir", "train.steps")]
-    words = [config_path, *own, f"run.dir={run_dir}", f"train.steps={2 * max(steps, 1)}"]
+    folder = [] if Path(config_path) == Path(run_dir) else [f"run.dir={run_dir}"]
+    words = [config_path, *own, *folder, f"train.steps={2 * max(steps, 1)}"]
     rows.append(("to go on", f"{command} {shlex.join(words)}"))
     for label, text in rows:
         console.print(f"{label:<16} {text}", markup=False, highlight=False, soft_wrap=True)

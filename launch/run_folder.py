@@ -33,8 +33,11 @@ class RunFolder:
     def changes(self, config: Config, fingerprint: str) -> list[str]:
         """What differs, allowed, from the run that the folder holds; none for a new run.
 
-        Raises ConfigError when something differs that would make it another run.
+        Raises ConfigError when something differs that would make it another run, and when no folder can be there.
         """
+        for place in (self.path, *self.path.parents):
+            if place.exists() and not place.is_dir():
+                raise ConfigError(f"run.dir={self.path} must be a folder, and {place} is a file")
         if not self.config_file.exists():
             if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
                 raise ConfigError(f"run.dir={self.path} has checkpoints but no config.yaml: it is no run to go on with")

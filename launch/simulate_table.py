@@ -65,7 +65,13 @@ def report(program: Program, result: Simulation, columns: int, terminal: bool) -
         f"{result.schedule}: {result.ranks} ranks, {result.microbatches} micro-batches, "
         f"makespan {result.makespan:g}, bubble {result.bubble_fraction:.2%}"
     )
-    return "\n".join([drawn, text.legend(), "", _ranks(program, result), "", summary])
+    lines = [drawn, text.legend(), "", _ranks(program, result), "", summary]
+    if result.stages > result.ranks and result.schedule != NAME:
+        lines.append(
+            f"times and peaks are of stages of 1/{result.stages} of the model; --compare and --schedule search take "
+            f"costs of 1/{result.ranks}"
+        )
+    return "\n".join(lines)
 
 
 def comparison(rows: Sequence[Row], ranks: int, microbatches: int) -> str:

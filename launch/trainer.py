@@ -112,7 +112,7 @@ class Trainer:
             except DamagedCheckpointError as error:
                 lacking = error
                 if self.leads:
-                    self._say(f"skipping {error}")
+                    self._say(f"skipped: {error}")
                     self.folder.events.write("skipped a checkpoint", checkpoint=str(path), reason=str(error))
                 continue
             if self.leads:

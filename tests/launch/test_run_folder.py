@@ -90,3 +90,11 @@ def test_a_checkpoint_whose_state_is_no_count_is_damaged(tmp_path: Path, state: 
     (tmp_path / "state.json").write_text(json.dumps(state))
     what = checkpoint.missing(tmp_path)
     assert what is not None and re.match(r"state\.json is damaged", what)
+
+
+def test_a_file_where_the_folder_should_be_is_refused(config: Config, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    for path in (file, file / "run"):
+        given = replace(config, run=replace(config.run, dir=str(path)))
+        assert refusal(RunFolder(given), given) == f"run.dir={path} must be a folder, and {file} is a file"
