@@ -33,6 +33,10 @@ _LONG = OF_A_STAGE | OF_A_LINK | OF_THE_STEP
 _SHORT = {name: key for key, name in _LONG.items()}
 
 
+LARGEST = 1e100
+"""What a cost may be at most, in whatever unit."""
+
+
 @dataclass(frozen=True)
 class Costs:
     """Durations of the operations, and bytes. Raises ValueError, naming the key, for what cannot be.
@@ -246,5 +250,7 @@ def _key(key: str) -> tuple[str, tuple[int, ...]]:
 def _check(key: str, name: str, value: float) -> None:
     if not 0 <= value < math.inf:
         raise ValueError(f"cost {key}={value:g} ({name}) must be finite and not negative")
+    if value > LARGEST:
+        raise ValueError(f"cost {key}={value:g} ({name}) must be at most {LARGEST:g}: sums of it must be numbers")
     if name == "layers" and (value != int(value) or value < 1):
         raise ValueError(f"cost {key}={value:g} must be a whole number of layers, at least 1")

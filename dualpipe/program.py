@@ -161,7 +161,7 @@ class Program:
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that a rank holds, in the order of the routes that bring them there."""
-        return tuple(s for route in self.routes for s, r in enumerate(route) if r == rank)
+        return tuple(dict.fromkeys(s for route in self.routes for s, r in enumerate(route) if r == rank))
 
 
 class ProgramError(ValueError):
@@ -216,7 +216,7 @@ def dump(program: Program) -> str:
 
 
 # A number has one spelling, or the text of a program would not be one text.
-_N = "(0|[1-9][0-9]*)"
+_N = "(0|[1-9][0-9]{0,8})"
 _HEAD = re.compile(rf"program ([a-z0-9][a-z0-9_-]*) stages={_N} microbatches={_N} routes=({_N}(?:[,/]{_N})*)")
 _PAIR = re.compile(rf"F{_N}\.{_N}&B{_N}\.{_N}")
 _COMPUTE = re.compile(rf"([FBIW]){_N}\.{_N}")

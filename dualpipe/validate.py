@@ -90,6 +90,11 @@ def validate_order(program: Program) -> None:
 def _check_shape(program: Program) -> None:
     if program.microbatches < len(program.routes):
         raise ProgramError(f"{program.microbatches} micro-batches on {len(program.routes)} routes: each needs one")
+    forwards, slots = program.microbatches * program.stages, sum(map(len, program.slots))
+    if forwards > 2 * slots + 1000:  # too many to name the first that is missing
+        raise ProgramError(
+            f"{program.microbatches} micro-batches need {forwards} forwards, and there are {slots} slots"
+        )
     if any(len(route) != program.stages for route in program.routes):
         raise ProgramError("every route names one rank for each stage")
     on_route = {rank for route in program.routes for rank in route}

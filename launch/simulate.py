@@ -77,11 +77,11 @@ def _one(args: argparse.Namespace) -> str:
     if args.text:
         return dump(program).rstrip("\n")
     result = found.result if found else simulate(program, costs)
-    if args.svg:
+    if args.svg is not None:
         from dualpipe.draw.svg import svg
 
         _write("--svg", args.svg, svg(result))
-    if args.html:
+    if args.html is not None:
         from dualpipe.draw.html import html
 
         _write("--html", args.html, html(result))
@@ -212,7 +212,7 @@ def _terminal() -> tuple[int, bool]:
 
 
 def _write_trace(args: argparse.Namespace, results: Sequence[Simulation]) -> None:
-    if args.trace:
+    if args.trace is not None:
         from dualpipe.draw.trace import trace
 
         _write("--trace", args.trace, json.dumps(trace(results)) + "\n")

@@ -26,6 +26,7 @@ def test_costs_derive_what_is_not_given() -> None:
     ("text", "words"),
     [
         ("F=-1,I=1,W=1", r"cost F=-1 \(forward\) must be finite and not negative"),
+        ("p2p=1e308", r"cost p2p=1e\+308 \(message\) must be at most 1e\+100"),
         ("F=1,I=1,W=1,FB=inf", r"cost FB=inf \(overlapped\)"),
         ("W=nan", "cost W=nan"),
         ("F=x", "cost F=x must be a number"),

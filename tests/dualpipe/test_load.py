@@ -1,5 +1,6 @@
 """Programs from text files: what is right is made ready to run, what is wrong is refused in one line."""
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -139,3 +140,23 @@ def test_a_file_that_cannot_be_read_is_one_line_with_its_path(tmp_path: Path) ->
 def test_a_program_for_other_sizes_does_not_train(program: Program, words: str) -> None:
     with pytest.raises(ProgramError, match=words):
         check_training(program, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("program x stages=1 microbatches=99999999 routes=0\n0: F0.0 B0.0\n", "99999999 micro-batches need 99999999"),
+        ("program x stages=1 microbatches=1 routes=0\n0: F0." + "9" * 5000 + "\n", "line 2: .* is not a slot"),
+        ("program x stages=1 microbatches=" + "9" * 5000 + " routes=0\n", "line 1: expected"),
+    ],
+)
+def test_numbers_without_measure_are_refused_at_once(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "program.txt").write_text(text)
+    with pytest.raises(ProgramError, match=words):
+        load(tmp_path / "program.txt")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ProgramError, match="pipe: must be a regular file"):
+        load(tmp_path / "pipe")
