@@ -11,6 +11,7 @@ setup(
     packages=find_namespace_packages(
         include=["dualpipe", "dualpipe.*", "parallel", "parallel.*", "model", "model.*", "launch", "launch.*"]
     ),
+    package_data={"dualpipe.draw": ["page.html"]},
     install_requires=["torch>=2.10,<3", "numpy", "pyyaml", "rich", "psutil", "safetensors>=0.4"],
     extras_require={
         "deepspeed": ["deepspeed==0.19.8"],

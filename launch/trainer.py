@@ -51,6 +51,7 @@ class Trainer:
         self.arguments, self.stop = arguments, stop
         self.leads = self.rank == 0
         self.progress = Progress(step=0, sequences=0)
+        self.spoiled: set[Path] = set()
 
     def run(self) -> int:
         """Train to ``train.steps``. Exit status 0, 128 + N when signal N asked to stop, or, on all ranks alike,
@@ -111,6 +112,7 @@ class Trainer:
                 self.progress = checkpoint.load(path, self.worker)
             except DamagedCheckpointError as error:
                 lacking = error
+                self.spoiled.add(path)
                 if self.leads:
                     self._say(f"skipped: {error}")
                     self.folder.events.write("skipped a checkpoint", checkpoint=str(path), reason=str(error))
@@ -207,7 +209,8 @@ class Trainer:
         return bits_per_byte(total, len(rows) * length, self.data.bytes_per_token)
 
     def _save(self) -> int:
-        path = checkpoint.save(self.folder.checkpoints, self.worker, self.progress, self.config.checkpoint.keep)
+        keep = self.config.checkpoint.keep
+        path = checkpoint.save(self.folder.checkpoints, self.worker, self.progress, keep, self.spoiled)
         if self.leads:
             self.folder.events.write("checkpoint", step=self.progress.step, path=str(path))
         if self.recorder is not None:

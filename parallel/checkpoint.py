@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -149,8 +149,9 @@ def _elements(stored: Any) -> str:
     return "none" if stored is None else f"{stored.size.numel()} elements"
 
 
-def save(folder: Path, worker: Worker, progress: Progress, keep: int) -> Path:
+def save(folder: Path, worker: Worker, progress: Progress, keep: int, spoiled: Set[Path] = frozenset()) -> Path:
     """Write a checkpoint under ``folder`` and delete complete ones but for the newest ``keep``. Collective.
+    ``spoiled``: those that are known not to be what was written; they neither count nor go.
 
     Raises CheckpointError on every rank when any of them cannot write; what was there before stays as it was.
     """
@@ -174,7 +175,9 @@ def save(folder: Path, worker: Worker, progress: Progress, keep: int) -> Path:
         raise CheckpointError(f"checkpoint {final} cannot be written: {_cause(error)}") from error
     if leads:
         # Damaged ones neither count nor go: they are evidence, and not ours to judge by their names.
-        complete = [path for path in published(folder) if missing(path) is None]
+        complete = [
+            path for path in published(folder) if path == final or (path not in spoiled and missing(path) is None)
+        ]
         for old in complete[:-keep]:
             if old != final:
                 shutil.rmtree(old, ignore_errors=True)

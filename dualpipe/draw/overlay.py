@@ -1,11 +1,11 @@
 """A recorded run over its simulation, as a picture and as a page: each rank has two lanes on one scale of time."""
 
-import math
 from collections.abc import Sequence
 from html import escape
 
 from dualpipe.draw.boxes import COLOURS, NAMES, Box, boxes, describe
 from dualpipe.draw.html import html as interactive
+from dualpipe.draw.svg import axis
 from dualpipe.simulate import Simulation
 
 LEFT, TOP, LANE, GAP, MARGIN = 120, 48, 20, 10, 16  # pixels; the two lanes of a rank touch
@@ -26,7 +26,7 @@ def svg(measured: Simulation, simulated: Simulation) -> str:
         "<style>rect{stroke:white;stroke-width:.5}rect.simulated{opacity:.55}text{fill:#222}</style>",
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="{LEFT}" y="16" font-size="13">{escape(title(measured, simulated))}</text>',
-        *_axis(until, scale, bottom),
+        *axis(until, scale, LEFT, TOP, bottom),
     ]
     for rank, rows in enumerate(zip(boxes(measured), boxes(simulated), strict=True)):
         top = TOP + rank * (2 * LANE + GAP)
@@ -66,20 +66,6 @@ def _rect(box: Box, name: str, scale: float, y: float) -> str:
     if width < LETTER * len(box.label) + 2:
         return drawn
     return f'{drawn}<text x="{x + width / 2:.2f}" y="{y + 14}" text-anchor="middle">{escape(box.label)}</text>'
-
-
-def _axis(until: float, scale: float, bottom: float) -> list[str]:
-    """A line and its time at every round number, so many that they stand at least 60 pixels apart."""
-    if not scale:
-        return []
-    power = 10.0 ** math.floor(math.log10(60 / scale))
-    tick = next(factor * power for factor in (1, 2, 5, 10) if factor * power * scale >= 60)
-    lines = []
-    for number in range(int(until / tick) + 1):
-        x = LEFT + number * tick * scale
-        lines.append(f'<path d="M{x:.2f} {TOP - 6}V{bottom}" stroke="#ddd"/>')
-        lines.append(f'<text x="{x:.2f}" y="{TOP - 9}" text-anchor="middle" font-size="9">{number * tick:g}</text>')
-    return lines
 
 
 def _legend(y: float) -> Sequence[str]:

@@ -26,7 +26,7 @@ def svg(result: Simulation) -> str:
         _style(),
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="{LEFT}" y="16" font-size="13">{escape(title(result))}</text>',
-        *_axis(result.makespan, scale, bottom),
+        *axis(result.makespan, scale, LEFT, TOP, bottom),
     ]
     for rank, row in enumerate(rows):
         top = TOP + rank * (LANE + GAP)
@@ -70,17 +70,18 @@ def _box(box: Box, x: float, width: float, top: float) -> list[str]:
     return lines
 
 
-def _axis(makespan: float, scale: float, bottom: float) -> list[str]:
-    """A line and its time at every round number, so many that they stand at least 60 pixels apart."""
+def axis(until: float, scale: float, left: float, top: float, bottom: float) -> list[str]:
+    """A line and its time at every round number up to ``until``, so many that they stand at least 60 pixels apart.
+    ``scale``: pixels a unit of time; the rest are pixels from the corner of the picture."""
     if not scale:
         return []
     power = 10.0 ** math.floor(math.log10(60 / scale))
     tick = next(factor * power for factor in (1, 2, 5, 10) if factor * power * scale >= 60)
     lines = []
-    for count in range(int(makespan / tick) + 1):
-        x = LEFT + count * tick * scale
-        lines.append(f'<path d="M{x:.2f} {TOP - 6}V{bottom}" stroke="#ddd"/>')
-        lines.append(f'<text x="{x:.2f}" y="{TOP - 9}" text-anchor="middle" font-size="9">{count * tick:g}</text>')
+    for count in range(int(until / tick) + 1):
+        x = left + count * tick * scale
+        lines.append(f'<path d="M{x:.2f} {top - 6}V{bottom}" stroke="#ddd"/>')
+        lines.append(f'<text x="{x:.2f}" y="{top - 9}" text-anchor="middle" font-size="9">{count * tick:g}</text>')
     return lines
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the train command share."""
+"""What the tests of the commands share."""
 
 import random
 from pathlib import Path
@@ -17,3 +17,20 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file = tmp_path / "config.yaml"
     file.write_text(CONFIG.replace("DATA", str(tmp_path / "text.txt")).replace("RUN", str(tmp_path / "run")))
     return file
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model as transformers writes it."""
+    from tests.launch.hugging_face import write
+
+    return write(tmp_path_factory.mktemp("hugging_face") / "model")
+
+
+@pytest.fixture
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file to train on, and a cache of its own for its tokens."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words = random.Random(0).choices(["pipeline", "bubble", "expert", "stage", "token"], k=600)
+    (tmp_path / "text.txt").write_text(" ".join(words))
+    return tmp_path / "text.txt"

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+from launch import import_hf
 from launch.tokenizer import byte_tokenizer
 from model.config import ModelConfig
 from model.huggingface import published_config
@@ -47,3 +48,8 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 def edit(path: Path, **changes: Any) -> None:
     """Set keys of a JSON file."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def import_model(folder: Path, run: Path, text: Path, *overrides: str) -> int:
+    data = [f"data.source={text}", "train.sequence_length=16"]
+    return import_hf.main(["--hf", str(folder), "--run", str(run), *data, *overrides])
