@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ from parallel.worker import Worker
 _PREFIX = "step-"
 _STATE = "state.json"
 _INDEX = ".metadata"
+_NO_ROOM_BYTES = 1 << 16
+"""Free bytes up to which a failed write is put down to a full file system."""
 
 
 class CheckpointError(ValueError):
@@ -170,9 +173,10 @@ def save(folder: Path, worker: Worker, progress: Progress, keep: int, spoiled: S
         entries = _describe_own(partial, worker.rank)
         _on_leader(lambda: _publish(partial, final, progress, entries), leads)
     except (CheckpointException, OSError) as error:
+        cause = _cause(error) if _has_room(folder) else os.strerror(ENOSPC)  # before the partial one makes room again
         if leads:
             shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"checkpoint {final} cannot be written: {_cause(error)}") from error
+        raise CheckpointError(f"checkpoint {final} cannot be written: {cause}") from error
     if leads:
         # Damaged ones neither count nor go: they are evidence, and not ours to judge by their names.
         complete = [
@@ -321,6 +325,14 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _has_room(folder: Path) -> bool:
+    """Whether the file system can take anything more: torch's own words on a full one are about its archive."""
+    try:
+        return shutil.disk_usage(folder).free > _NO_ROOM_BYTES
+    except OSError:
+        return True  # there is something else to say
 
 
 def _cause(error: BaseException) -> str:
