@@ -1,6 +1,7 @@
 """From YAML and ``key.sub=value`` overrides to a frozen dataclass of sections, strictly.
 
-A section is a dataclass too, and a key is one of its fields: ``section.leaf``. What has no such field or not its type
+A section is a dataclass too, and a key is one of its fields: ``section.leaf``. A field of type ``tuple[X, ...]`` is a
+YAML list, where X is a plain type or a dataclass, whose items are mappings then. What has no such field or not its type
 is refused in one line that names the key, the value and the rule.
 """
 
@@ -143,7 +144,28 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
             raise ConfigError(f"{key}={show(value)} must be text in UTF-8")
         if kind in (int, bool, str) and type(value) is kind:
             return value
+        if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+            item = typing.get_args(kind)[0]
+            return tuple(_convert_item(f"{key}[{at}]", part, item) for at, part in enumerate(value))
     raise ConfigError(f"{key}={show(value)} must be {_wanted(hint)}")
+
+
+def _convert_item(key: str, value: Any, hint: Any) -> Any:
+    """An item of a list; a dataclass is made from a mapping, and its own ValueErrors get the key in front."""
+    if not is_dataclass(hint):
+        return _convert(key, value, hint)
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{key}={show(value)} must be {_wanted(hint)}")
+    names = [leaf.name for leaf in fields(hint)]
+    for name in value:
+        if name not in names:
+            raise ConfigError(f"{key}.{name} is not a key of it; there are {', '.join(names)}")
+    try:
+        return _build(hint, hint, value, key)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{key}.{error}") from None
 
 
 def _is_unicode(value: str) -> bool:
@@ -167,6 +189,10 @@ def _wanted(hint: Any) -> str:
         return " or ".join(_wanted(kind) for kind in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         return " or ".join(typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return f"a list, each item {_wanted(typing.get_args(hint)[0])}"
+    if is_dataclass(hint):
+        return f"a mapping of {', '.join(leaf.name for leaf in fields(hint))}"
     words = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
     return words.get(hint, "null")
 
