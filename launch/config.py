@@ -109,6 +109,9 @@ class DataConfig:
     """Share of the documents that is kept out of training."""
     validation_sequences: int = 64
     """Sequences of the validation split that are scored; 0 scores none."""
+    document_boundaries: Literal["ignore", "attention"] = "ignore"
+    """Sequences are packed from whatever documents come next. ``ignore`` lets attention cross from one to the next, as
+    DeepSeek-V3 was trained; ``attention`` keeps it within documents, and positions begin again at each."""
 
     def __post_init__(self) -> None:
         _check(self.source.strip() != "", "data.source", self.source, "must be 'stdlib', a path or a glob")

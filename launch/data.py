@@ -51,6 +51,8 @@ class Dataset:
     sequence_length: int
     global_batch_size: int
     seed: int
+    document_end: int = END_OF_DOCUMENT
+    """The token between documents: the last of one, and what the next one begins with."""
 
     @property
     def windows(self) -> int:
@@ -114,6 +116,7 @@ def open_dataset(config: Config) -> Dataset:
         sequence_length=train.sequence_length,
         global_batch_size=train.global_batch_size,
         seed=train.seed,
+        document_end=tokenizer.end,
     )
 
 

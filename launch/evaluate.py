@@ -1,8 +1,9 @@
 """``dualpipe evaluate RUN|HF_DIR --data FILE``: how well a model predicts a text, in nats a token and bits per byte.
 
 The documents stand in a row, each with the end of a document before and after it, and are cut into windows of
-``sequence_length`` tokens; every token but the first is predicted once, from those before it in its window. Bits per
-byte divide by the bytes of the text, the end of each document counting as one: so models with other tokens compare.
+``sequence_length`` tokens; every token but the first is predicted once, from those before it in its window (and in its
+document, if the run was trained so). Bits per byte divide by the bytes of the text, the end of each document counting
+as one: so models with other tokens compare.
 """
 
 import argparse
@@ -94,7 +95,8 @@ def _documents(data: str) -> list[bytes]:
 def evaluate(loaded: LoadedModel, documents: Sequence[bytes], sequence_length: int | None) -> Evaluation:
     """Score documents with a model; ``sequence_length`` None is the model's own."""
     tokens = tokens_of(documents, loaded.tokenizer)
-    loss_sum = summed_loss(loaded.model, tokens, sequence_length or loaded.sequence_length)
+    length = sequence_length or loaded.sequence_length
+    loss_sum = summed_loss(loaded.model, tokens, length, loaded.document_start)
     count, size = len(tokens) - 1, sum(map(len, documents)) + len(documents)
     return Evaluation(
         source=loaded.source,
@@ -115,13 +117,14 @@ def tokens_of(documents: Sequence[bytes], tokenizer: Tokenizer) -> Tensor:
 
 
 @torch.no_grad()
-def summed_loss(model: Transformer, tokens: Tensor, length: int) -> float:
-    """Sum of the cross-entropy, in nats, over all tokens but the first."""
+def summed_loss(model: Transformer, tokens: Tensor, length: int, document_start: int | None = None) -> float:
+    """Sum of the cross-entropy, in nats, over all tokens but the first; ``document_start`` as for the model."""
     device = next(model.parameters()).device
     total = 0.0
     for windows_BS in windows(tokens, length):
         windows_BS = windows_BS.to(device)
-        total += model(windows_BS[:, :-1], windows_BS[:, 1:]).cross_entropy.item()
+        loss = model(windows_BS[:, :-1], windows_BS[:, 1:], document_start=document_start)
+        total += loss.cross_entropy.item()
     return total
 
 

@@ -78,12 +78,14 @@ def open_run(path: Path) -> Run:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """``source``: what the weights are from. ``sequence_length``: tokens that the model is used to at once."""
+    """``source``: what the weights are from. ``sequence_length``: tokens that the model is used to at once.
+    ``document_start``: the token that begins a document, if the model was trained to stay within documents."""
 
     model: Transformer
     tokenizer: Tokenizer
     source: str
     sequence_length: int
+    document_start: int | None = None
 
 
 def load_model(path: Path) -> LoadedModel:
@@ -96,18 +98,19 @@ def load_model(path: Path) -> LoadedModel:
         tokenizer = run_tokenizer(path, run.config.data.tokenizer)
         config, read, source = run.config.model, run.weights.read, str(run.weights.path)
         length = run.config.train.sequence_length
+        start = tokenizer.end if run.config.data.document_boundaries == "attention" else None
     elif (path / HUGGING_FACE_FILE).is_file():
         theirs = open_hugging_face(path)
         tokenizer = published_tokenizer(path, theirs.values)
         config, read, source = theirs.config, theirs.folder.read, str(path)
-        length = min(config.original_max_position_embeddings, 1024)
+        length, start = min(config.original_max_position_embeddings, 1024), None
     else:
         raise HuggingFaceError(f"{path} must be a run folder ({RUN_FILE}) or a Hugging Face one ({HUGGING_FACE_FILE})")
     if max(tokenizer.size, tokenizer.end + 1) > config.vocab_size:
         raise HuggingFaceError(
             f"vocab_size={config.vocab_size} of {path} must be at least {tokenizer.size}, the tokens of its tokenizer"
         )
-    return LoadedModel(_whole(config, read), tokenizer, source, length)
+    return LoadedModel(_whole(config, read), tokenizer, source, length, start)
 
 
 def run_tokenizer(path: Path, name: str) -> Tokenizer:

@@ -62,7 +62,7 @@ class Trainer:
         self.data = together(lambda: open_dataset(config), (DataError,))
         lock = together(self._open_folder, (ConfigError,))
         try:
-            self.worker = Worker(_job(config, self.device, self.here), self.rank)
+            self.worker = Worker(_job(config, self.device, self.here, self.data.document_end), self.rank)
             if self.leads and self.worker.products is not None:
                 self._say(str(self.worker.products))
             self.recorder = Recorder(self.worker.program, config.layout, self.rank) if config.run.trace else None
@@ -241,7 +241,7 @@ class Trainer:
         print(text, file=sys.stderr if self.arguments.json else sys.stdout, flush=True)
 
 
-def _job(config: Config, device: torch.device, here: Place) -> Job:
+def _job(config: Config, device: torch.device, here: Place, document_end: int) -> Job:
     """Raises ConfigError when dispatch cannot go by the nodes that there are."""
     train, layout = config.train, config.layout
     if not layout.ranks_per_node:
@@ -267,6 +267,7 @@ def _job(config: Config, device: torch.device, here: Place) -> Job:
         fp8_payload=config.fp8_payload,
         chunks=config.schedule.chunks,
         program=config.program(),
+        document_start=document_end if config.data.document_boundaries == "attention" else None,
     )
 
 

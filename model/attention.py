@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.linear import Linear
 from model.norm import RMSNorm
+from model.positions import Positions
 from model.rope import rotate
 
 LATENT_NORM_EPS = 1e-6
@@ -51,7 +52,8 @@ class LatentCache:
 
 
 class Attention(nn.Module):
-    """[B, S, D] -> [B, S, D], causal. With a ``cache`` the S tokens follow those in it, and are added to it."""
+    """[B, S, D] -> [B, S, D], causal; within documents, where ``positions`` keeps them apart. With a ``cache`` the S
+    tokens follow those in it, and are added to it."""
 
     cache: LatentCache | None = None
 
@@ -70,17 +72,17 @@ class Attention(nn.Module):
         self.kv_b = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o = Linear(heads * config.v_head_dim, hidden)
 
-    def forward(self, x_BSD: Tensor, rotations_SP: Tensor) -> Tensor:
-        """``rotations_SP``: RoPE's turns at the positions of the S tokens."""
+    def forward(self, x_BSD: Tensor, positions: Positions) -> Tensor:
         c = self.config
         query = self.q(x_BSD) if c.q_lora_rank is None else self.q_b(self.q_a_norm(self.q_a(x_BSD)))
         q_nope, q_rope = query.unflatten(-1, (c.num_attention_heads, -1)).split(
             [c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1
         )
-        q_rope = rotate(q_rope, rotations_SP)
+        q_rope = rotate(q_rope, positions.rotations)
         latent, k_rope = self.kv_a(x_BSD).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
-        latent, k_rope = self.kv_a_norm(latent), rotate(k_rope.unsqueeze(2), rotations_SP)
+        latent, k_rope = self.kv_a_norm(latent), rotate(k_rope.unsqueeze(2), positions.rotations)
         if self.cache is not None:
+            assert positions.documents_BS is None, "a row that is continued is one document"
             latents_BML = self.cache.append(torch.cat([latent, k_rope.squeeze(2)], dim=-1))
             return self.o(self._attend_latents(q_nope, q_rope, latents_BML).flatten(-2))
         k_nope, v = (
@@ -90,7 +92,7 @@ class Attention(nn.Module):
         )
         q_BSHK = torch.cat([q_nope, q_rope], dim=-1)
         k_BSHK = torch.cat([k_nope, k_rope.expand(-1, -1, c.num_attention_heads, -1)], dim=-1)
-        return self.o(attend(q_BSHK, k_BSHK, v, c.softmax_scale).flatten(-2))
+        return self.o(attend(q_BSHK, k_BSHK, v, c.softmax_scale, positions).flatten(-2))
 
     def _attend_latents(self, q_nope: Tensor, q_rope: Tensor, latents_BML: Tensor) -> Tensor:
         """[B, S, H, N], [B, S, H, R] and all M tokens' latents, the S queries' own at the end -> [B, S, H, V]."""
@@ -108,14 +110,17 @@ class Attention(nn.Module):
         return torch.einsum("bhsc,hvc->bshv", mean_BHSL[..., : c.kv_lora_rank], w_value_HVC)
 
 
-def attend(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, scale: float | None = None) -> Tensor:
-    """Causal attention core -> [B, S, H, V]; ``scale`` multiplies the logits, None is the inverse root of K. Values are
-    padded to the width of the keys: fused kernels want one head size, and an unfused core would hold all S x S
-    scores."""
+def attend(
+    q_BSHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, scale: float | None = None, positions: Positions | None = None
+) -> Tensor:
+    """Causal attention core -> [B, S, H, V]; within documents, where ``positions`` keeps them apart. ``scale``
+    multiplies the logits, None is the inverse root of K. Values are padded to the width of the keys: fused kernels want
+    one head size, and an unfused core would hold all S x S scores."""
     width = v_BSHV.shape[-1]
     v_BSHK = F.pad(v_BSHV, (0, q_BSHK.shape[-1] - width)) if width < q_BSHK.shape[-1] else v_BSHV
     q, k, v = (_core_operand(t).transpose(1, 2) for t in (q_BSHK, k_BSHK, v_BSHK))
-    out_BHSK = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    mask = None if positions is None else positions.mask(q.dtype)
+    out_BHSK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     return out_BHSK.transpose(1, 2)[..., :width].to(v_BSHV.dtype)
 
 

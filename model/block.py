@@ -20,6 +20,7 @@ from model.config import ModelConfig
 from model.exchange import Dispatched, Exchange
 from model.mlp import MLP, Experts
 from model.norm import RMSNorm
+from model.positions import Positions
 from model.router import Router, Routing
 
 
@@ -49,8 +50,8 @@ class Block(nn.Module):
             self.router = self.experts = None
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
-    def attention_phase(self, x_BSD: Tensor, rotations_SP: Tensor) -> Attended:
-        h_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), rotations_SP)
+    def attention_phase(self, x_BSD: Tensor, positions: Positions) -> Attended:
+        h_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), positions)
         u_BSD = self.mlp_norm(h_BSD)
         return Attended(h_BSD, u_BSD, None if self.router is None else self.router(u_BSD))
 
@@ -67,9 +68,9 @@ class Block(nn.Module):
         y_RD: Tensor = self.experts(rows_RD, weights_R, sent.ends_E, sent.payload)
         return y_RD
 
-    def forward(self, x_BSD: Tensor, rotations_SP: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x_BSD: Tensor, positions: Positions, exchange: Exchange) -> tuple[Tensor, Tensor | None]:
         """The whole layer at once, and its balance loss: the definition, under plain autograd."""
-        attended = self.attention_phase(x_BSD, rotations_SP)
+        attended = self.attention_phase(x_BSD, positions)
         out_BSD = attended.h_BSD
         if self.mlp is not None:
             out_BSD = out_BSD + self.local_phase(attended.u_BSD)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.attention import LatentCache
 from model.exchange import LocalExchange
+from model.positions import Positions
 from model.transformer import Transformer
 
 
@@ -43,10 +44,10 @@ def features_of(model: Transformer, tokens_BS: Tensor) -> Tensor:
     length = tokens_BS.shape[1]
     cache = next(block.attn.cache for _, block in model.blocks())
     start, room = (0, length) if cache is None else (cache.length, cache.room)
-    turns_SP = model.rotations(room, tokens_BS.device)[start : start + length]
+    positions = Positions(model.rotations(room, tokens_BS.device)[start : start + length])
     x_BSD = model.embed(tokens_BS)
     for _, block in model.blocks():
-        x_BSD, _ = block(x_BSD, turns_SP, exchange)
+        x_BSD, _ = block(x_BSD, positions, exchange)
     features_BSD: Tensor = model.norm(x_BSD)
     return features_BSD
 

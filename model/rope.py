@@ -1,6 +1,6 @@
 """Rotary position embedding: adjacent pairs (2i, 2i+1) turned by position · theta^(-2i/R).
 
-B batch, S sequence, H heads, R rotary dims.
+B batch, S sequence, H heads, R rotary dims, P = R/2 pairs.
 """
 
 import math
@@ -40,7 +40,8 @@ def stretch(frequencies_P: Tensor, theta: float, yarn: Yarn) -> Tensor:
     return frequencies_P * (1 - slowed_P) + frequencies_P / yarn.factor * slowed_P
 
 
-def rotate(x_BSHR: Tensor, rotations_SP: Tensor) -> Tensor:
-    """``x_BSHR`` with each of its pairs turned, in FP32, in the dtype that it came in."""
+def rotate(x_BSHR: Tensor, rotations: Tensor) -> Tensor:
+    """``x_BSHR`` with each of its pairs turned, in FP32, in the dtype that it came in; ``rotations`` are [S, P] or
+    [B, S, P]."""
     pairs = torch.view_as_complex(x_BSHR.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotations_SP[:, None, :]).flatten(-2).to(x_BSHR.dtype)
+    return torch.view_as_real(pairs * rotations.unsqueeze(-2)).flatten(-2).to(x_BSHR.dtype)

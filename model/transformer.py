@@ -18,6 +18,7 @@ from model.exchange import Exchange, LocalExchange
 from model.linear import Embedding, GroupedLinear, Linear
 from model.mlp import Experts
 from model.norm import RMSNorm
+from model.positions import Positions, documents_of, places_in
 from model.rope import rotations
 
 
@@ -58,6 +59,16 @@ class Transformer(nn.Module):
             self._rotations[key] = rotations(length, c.qk_rope_head_dim, c.rope_theta, device, c.yarn)
         return self._rotations[key]
 
+    def positions(self, tokens_BS: Tensor | None, like_BSD: Tensor, document_start: int | None) -> Positions:
+        """Of the tokens whose activations are ``like_BSD``. ``document_start``: the token that begins a document, if
+        documents are kept apart; otherwise the tokens themselves need not be known."""
+        turns_SP = self.rotations(like_BSD.shape[1], like_BSD.device)
+        if document_start is None:
+            return Positions(turns_SP)
+        assert tokens_BS is not None
+        documents_BS = documents_of(tokens_BS, document_start)
+        return Positions(turns_SP[places_in(documents_BS)], documents_BS)
+
     def blocks(self) -> Iterator[tuple[int, Block]]:
         """(layer number, block) in order."""
         for name, block in self.layers.items():
@@ -70,15 +81,22 @@ class Transformer(nn.Module):
         logits_TV = self.head(self.norm(x_BSD)).flatten(0, 1)
         return F.cross_entropy(logits_TV.float(), targets_BS.flatten(), reduction="sum")
 
-    def forward(self, tokens_BS: Tensor, targets_BS: Tensor, exchange: Exchange | None = None) -> Loss:
-        """The whole model under plain autograd: the reference that every parallel layout is compared with."""
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor,
+        exchange: Exchange | None = None,
+        document_start: int | None = None,
+    ) -> Loss:
+        """The whole model under plain autograd: the reference that every parallel layout is compared with.
+        ``document_start`` as for ``positions``."""
         assert self.embed is not None
         exchange = exchange or LocalExchange(self.config.n_routed_experts)
-        turns = self.rotations(tokens_BS.shape[1], tokens_BS.device)
         x_BSD = self.embed(tokens_BS)
+        positions = self.positions(tokens_BS, x_BSD, document_start)
         balance = torch.zeros((), device=x_BSD.device)
         for _, block in self.blocks():
-            x_BSD, layer_balance = block(x_BSD, turns, exchange)
+            x_BSD, layer_balance = block(x_BSD, positions, exchange)
             if layer_balance is not None:
                 balance = balance + layer_balance
         return Loss(self.cross_entropy(x_BSD, targets_BS), balance)

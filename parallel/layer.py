@@ -20,6 +20,7 @@ from dualpipe.program import Op
 from model.block import Block
 from model.exchange import Dispatched, Exchange, Pending
 from model.linear import Contribution, WeightGradients
+from model.positions import Positions
 
 Deferred = list[tuple[nn.Parameter, Contribution]]
 
@@ -77,11 +78,11 @@ class LayerForward:
         self,
         block: Block,
         exchange: Exchange,
-        rotations: Tensor,
+        positions: Positions,
         routed: Callable[[Tensor, Tensor], None],
         x_BSD: Tensor,
     ) -> None:
-        self.block, self.exchange, self.rotations, self.routed = block, exchange, rotations, routed
+        self.block, self.exchange, self.positions, self.routed = block, exchange, positions, routed
         self.kept = LayerRun()
         self._x_BSD = x_BSD
         self._y_RD: Tensor | None = None
@@ -92,7 +93,7 @@ class LayerForward:
         match phase:
             case Phase.ATTENTION:
                 self.kept.attention, outputs = run_graph(
-                    lambda x: _attention(self.block, x, self.rotations), self._x_BSD
+                    lambda x: _attention(self.block, x, self.positions), self._x_BSD
                 )
                 self._h_BSD, self._u_BSD, *self._routing = outputs
             case Phase.DISPATCH if self._routing:
@@ -195,8 +196,8 @@ def apply(kept: LayerRun, gradients: WeightGradients, phase: Phase) -> None:
     gradients.apply(kept.deferred.pop(phase))
 
 
-def _attention(block: Block, x_BSD: Tensor, rotations: Tensor) -> tuple[Tensor, ...]:
-    attended = block.attention_phase(x_BSD, rotations)
+def _attention(block: Block, x_BSD: Tensor, positions: Positions) -> tuple[Tensor, ...]:
+    attended = block.attention_phase(x_BSD, positions)
     routing = attended.routing
     if routing is None:
         return attended.h_BSD, attended.u_BSD

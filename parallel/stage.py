@@ -46,7 +46,8 @@ class StepScale:
 
 
 class ModelStage:
-    """``model``: the slice; ``gradients``: the owner of its parameters' gradients, as given to ``model.linear.own``.
+    """``model``: the slice; ``gradients``: the owner of its parameters' gradients, as given to ``model.linear.own``;
+    ``document_start``: the token that begins a document, if attention is to stay within documents.
 
     ``begin`` starts a step. After it, ``cross_entropy`` and ``balance`` are the step's sums so far (FP64, the balance
     loss without alpha), and ``loads`` counts, for every MoE layer, how many of this rank's tokens
@@ -54,9 +55,15 @@ class ModelStage:
     """
 
     def __init__(
-        self, model: Transformer, gradients: WeightGradients, exchange: Exchange, device: torch.device
+        self,
+        model: Transformer,
+        gradients: WeightGradients,
+        exchange: Exchange,
+        device: torch.device,
+        document_start: int | None = None,
     ) -> None:
         self.model, self.gradients, self.exchange, self.device = model, gradients, exchange, device
+        self.document_start = document_start
         self.layers = len(list(model.blocks()))
         experts = model.config.n_routed_experts
         self.loads = {
@@ -67,8 +74,9 @@ class ModelStage:
         self._alive: dict[Work, MicroBatch] = {}
 
     def begin(self, tokens: Mapping[int, Tensor], scale: StepScale, training: bool) -> None:
-        """``tokens``: by micro-batch, [B, S+1] int64; a stage that is neither first nor last needs none. A sequence of
-        ``PADDING`` fills up a batch and counts for nothing in the cross-entropy."""
+        """``tokens``: by micro-batch, [B, S+1] int64; a stage that is neither first nor last needs none, unless it has
+        to find the documents. A sequence of ``PADDING`` fills up a batch and counts for nothing in the
+        cross-entropy."""
         self._alive.clear()
         self._tokens, self._training = tokens, training
         self._head_gradient = torch.full((), 1 / scale.tokens, device=self.device)
@@ -120,7 +128,8 @@ class _Forward:
         self._blocks = iter(stage.model.blocks())
         self._layer: LayerForward | None = None
         self._x_BSD = self._embed() if x_BSD is None else x_BSD
-        self._rotations = stage.model.rotations(self._x_BSD.shape[1], self._x_BSD.device)
+        tokens_BS = None if stage.document_start is None else stage._tokens[work.microbatch][:, : self._x_BSD.shape[1]]
+        self._positions = stage.model.positions(tokens_BS, self._x_BSD, stage.document_start)
 
     def run(self, piece: Piece) -> None:
         if piece.phase is Phase.ATTENTION:
@@ -155,7 +164,7 @@ class _Forward:
             self.stage.balance += balance
             load_E += count_experts(indices_TK, len(load_E))
 
-        self._layer = LayerForward(block, self.stage.exchange, self._rotations, routed, self._x_BSD)
+        self._layer = LayerForward(block, self.stage.exchange, self._positions, routed, self._x_BSD)
         self.kept.layers.append(self._layer.kept)
 
     def _leave_layer(self) -> None:

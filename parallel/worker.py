@@ -39,7 +39,8 @@ class Job:
     """What is trained and how it is split. Sizes in sequences and tokens; ``dtype`` is that of activations and of the
     parameters that compute. ``dispatch``: flat or hierarchical. ``fp8``: the backend that computes linear layers in FP8
     (``model/fp8``), or None; ``fp8_payload``: dispatch sends them FP8. ``chunks``: the stages of a rank, where the
-    schedule leaves them open; ``program``: a lowered program, validated, to run instead of the schedule's."""
+    schedule leaves them open; ``program``: a lowered program, validated, to run instead of the schedule's;
+    ``document_start``: the token that begins a document, if attention is to stay within documents."""
 
     model: ModelConfig
     layout: Layout
@@ -56,6 +57,7 @@ class Job:
     fp8_payload: bool = False
     chunks: int | None = None
     program: Program | None = None
+    document_start: int | None = None
 
     @property
     def microbatches(self) -> int:
@@ -120,8 +122,9 @@ class Worker:
 
     @property
     def needs_data(self) -> bool:
-        """Whether this rank holds an end of the pipeline, and so reads tokens or targets."""
-        return any(held.stage.model.first or held.stage.model.last for held in self.held.values())
+        """Whether this rank reads tokens: it holds an end of the pipeline, or has to find the documents."""
+        models = [held.stage.model for held in self.held.values()]
+        return self.job.document_start is not None or any(model.first or model.last for model in models)
 
     def rows(self, sequences: int) -> tuple[int, int]:
         """(first, count) of this replica's sequences in a batch of ``sequences``."""
@@ -215,7 +218,7 @@ class Worker:
         if self.products is not None:
             set_precision(model, self.products.gemm)
 
-        held = ModelStage(model, gradients, self._exchange(each), job.device)
+        held = ModelStage(model, gradients, self._exchange(each), job.device, job.document_start)
         return HeldStage(held, buckets, self.groups.of(replicas), counts=self.rank == replicas[0])
 
     def _exchange(self, experts: int) -> Exchange:

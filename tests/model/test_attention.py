@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from model.attention import Attention, attend
+from model.positions import Positions
 from model.rope import rotations
 from tests.model.tiny import tiny
 
@@ -94,7 +95,7 @@ def test_latent_attention_as_the_report_writes_it(query_latent: int | None) -> N
                 k[b, position, h] = torch.cat([pair[:nope], shared_key])
                 v[b, position, h] = pair[nope:]
     want = softmax_attention(q, k, v).flatten(2) @ weights["o.weight"].T
-    got = attention(x, rotations(6, rope, c.rope_theta)).detach().double()
+    got = attention(x, Positions(rotations(6, rope, c.rope_theta))).detach().double()
     torch.testing.assert_close(got, want, rtol=0, atol=FP32 * want.abs().max().item())
 
 
@@ -102,7 +103,7 @@ def test_latent_attention_as_the_report_writes_it(query_latent: int | None) -> N
 @given(st.integers(0, 7), seeds)
 def test_a_later_token_changes_nothing_earlier(place: int, seed: int) -> None:
     attention = filled(12)
-    turns = rotations(8, attention.config.qk_rope_head_dim, attention.config.rope_theta)
+    turns = Positions(rotations(8, attention.config.qk_rope_head_dim, attention.config.rope_theta))
     torch.manual_seed(seed)
     x = torch.randn(1, 8, attention.config.hidden_size)
     changed = x.clone()

@@ -90,7 +90,7 @@ def logits(model: Transformer, tokens: Tensor) -> Tensor:
     """[B, S, V], block after block."""
     x = model.embed(tokens)
     for _, block in model.blocks():
-        x, _ = block(x, model.rotations(tokens.shape[1], x.device), LocalExchange(CONFIG.n_routed_experts))
+        x, _ = block(x, model.positions(None, x, None), LocalExchange(CONFIG.n_routed_experts))
     return model.head(model.norm(x))
 
 
