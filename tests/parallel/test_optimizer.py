@@ -107,6 +107,28 @@ def test_bf16_moments_are_the_fp32_update_of_what_is_stored_rounded() -> None:
             assert (stored == exact.float().bfloat16()).float().mean() > 0.998
 
 
+@pytest.mark.parametrize("masters", ["fp32", "bf16"])
+def test_updates_below_bf16s_resolution_add_up_in_fp32_masters_alone(masters: str) -> None:
+    # A constant gradient makes every update the learning rate: 2^-12, where the numbers of BF16 below 1 are 2^-8 apart.
+    bucket = Bucket([("w", nn.Parameter(torch.ones(64, 8)), 0, 512)], None, torch.bfloat16)
+    optimizer = AdamW(OptimizerConfig(weight_decay=0.0, moments="bf16"), [bucket])
+    seen = []
+    for _ in range(64):
+        bucket.gradients.fill_(0.5)
+        optimizer.update(2.0**-12, 1.0)
+        if masters == "bf16":  # what a master in BF16 would have kept
+            bucket.master.copy_(bucket.master.bfloat16())
+            bucket.publish()
+        seen.append(bucket.parameters[0].item())
+    assert bucket.master.dtype == torch.float32 and bucket.parameters.dtype == torch.bfloat16
+    if masters == "bf16":
+        assert torch.equal(bucket.master, torch.ones(512)) and set(seen) == {1.0}
+        return
+    want = 1 - 64 * 2.0**-12
+    torch.testing.assert_close(bucket.master, torch.full((512,), want), rtol=0, atol=0.01 * (1 - want))
+    assert len(set(seen)) == 5 and seen[-1] == want, "the parameters that compute follow, a step of BF16 at a time"
+
+
 def test_bf16_moments_stay_close_to_fp32_ones() -> None:
     results = []
     for moments in ("fp32", "bf16"):

@@ -12,6 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from dualpipe.program import Work
 from model.config import ModelConfig
 from model.exchange import Dispatched, LocalExchange, Pending
+from model.fp8.assign import set_precision
+from model.fp8.gemm import Emulated
 from model.linear import WeightGradients, own
 from model.router import Routing
 from model.transformer import Transformer, initialise
@@ -250,15 +252,18 @@ def test_what_only_the_input_gradients_need_is_gone_before_w() -> None:
 
 
 @pytest.mark.parametrize("cuts", [(1,), (2,), (1, 2)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_pair_is_bitwise_a_forward_and_then_a_backward(cuts: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+def test_a_pair_is_bitwise_a_forward_and_then_a_backward(cuts: tuple[int, ...], precision: str) -> None:
     config = tiny(num_hidden_layers=4)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     tokens = batch(config)
 
     def run(paired: bool) -> tuple[list[Tensor], list[float], dict[int, list[int]]]:
         """Forward of micro-batch 1 in each stage together with the backward of micro-batch 0 in every other one."""
         stages, buffers = staged(config, cuts, dtype)
         for stage in stages:
+            if precision == "fp8":
+                set_precision(stage.model, Emulated())
             stage.begin(tokens, SCALE, training=True)
         forward(stages, 0)
         x: Tensor | None = None
