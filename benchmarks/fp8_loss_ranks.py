@@ -1,0 +1,104 @@
+"""The ranks of ``benchmarks.fp8_loss``: processes that stay, and train one small model after another.
+
+A run is DualPipe over two pipeline positions, each a pair of data replicas that share the routed experts. Its losses
+depend on what it is and nothing else, so that a run made today can be compared with one made tomorrow.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from launch.config import Config, load
+from launch.data import Dataset, open_dataset
+from launch.rank import die_with_parent, keep_memory, run_in_long_slices
+from parallel.optimizer_config import learning_rate
+from parallel.worker import Job, Worker
+
+CONFIG = Path(__file__).with_name("fp8_loss.yaml")
+VARIANTS = ("bf16", "control", "fp8")
+"""``control``: BF16 with one weight moved."""
+MOVED, BY = "layers.0.attn.q_a.weight", 1e-4
+
+
+@dataclass(frozen=True, order=True)
+class Run:
+    seed: int
+    variant: str
+
+
+def configuration(run: Run, steps: int) -> Config:
+    compute = "fp8" if run.variant == "fp8" else "bf16"
+    return load(CONFIG, (f"train.seed={run.seed}", f"train.steps={steps}", f"precision.compute={compute}"))
+
+
+def work(rank: int, runs: list[Run], steps: int, results: Path, stamp: dict[str, str], stores: Path) -> None:
+    """A rank's life: all of ``runs``; rank 0 appends a line to ``results`` after each, which ``stamp`` is part of."""
+    die_with_parent()
+    torch.set_num_threads(1)
+    keep_memory()
+    run_in_long_slices()
+    for number, run in enumerate(runs):
+        config = configuration(run, steps)
+        world = config.layout.world_size
+        store = f"file://{stores / str(number)}"
+        dist.init_process_group("gloo", store, timedelta(minutes=10), world_size=world, rank=rank)
+        losses = train(config, rank, moved=run.variant == "control")
+        if rank == 0:
+            line = json.dumps({**stamp, "steps": steps, "seed": run.seed, "variant": run.variant, "loss": losses})
+            with results.open("a") as file:
+                file.write(line + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            print(f"seed {run.seed}, {run.variant}: {losses[-1]:.4f} nats a token in the last step", file=sys.stderr)
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def train(config: Config, rank: int, moved: bool) -> list[float]:
+    """Cross-entropy (nats a token) of every step. Collective."""
+    data = open_dataset(config)
+    worker = Worker(_job(config), rank)
+    if moved:
+        move_weight(worker)
+    return [round(_step(worker, config, data, step), 6) for step in range(config.train.steps)]
+
+
+def move_weight(worker: Worker) -> None:
+    """Add ``BY`` to the first number of ``MOVED``, master and copies. Collective."""
+    for held in worker.held.values():
+        for bucket in held.buckets:
+            for segment in bucket.owned_segments():
+                if segment.name == MOVED and segment.offset == 0:
+                    bucket.master[segment.start] += BY
+            bucket.publish()
+            bucket.gather()
+
+
+def _step(worker: Worker, config: Config, data: Dataset, step: int) -> float:
+    first, count = worker.rows(config.train.global_batch_size)
+    tokens = torch.from_numpy(data.sequences(step, first, count)) if worker.needs_data else None
+    return worker.train_step(tokens, learning_rate(config.optimizer, step, config.train.steps)).cross_entropy
+
+
+def _job(config: Config) -> Job:
+    train, fp8 = config.train, config.precision.compute == "fp8"
+    return Job(
+        model=config.model,
+        layout=config.layout,
+        schedule=config.schedule.name,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        seed=train.seed,
+        sequence_length=train.sequence_length,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        optimizer=config.optimizer,
+        fp8="emulated" if fp8 else None,
+        fp8_payload=fp8,
+    )

@@ -1,0 +1,83 @@
+"""What the FP8 loss experiment makes of its runs, without running any."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.fp8_loss import Interval, ResultsError, interval, read_results, summary, t_quantile, verdict
+from benchmarks.fp8_loss_ranks import BY, MOVED, VARIANTS, Run, configuration, move_weight
+from benchmarks.loss_curves import svg
+from parallel.mesh import Layout
+from parallel.worker import Job, Worker
+
+MARK = {"settings": "s", "text": "t"}
+
+
+def entry(**changes: Any) -> str:
+    return json.dumps({**MARK, "steps": 60, "seed": 1, "variant": "fp8", "loss": [2.0] * 60, **changes}) + "\n"
+
+
+@pytest.mark.parametrize("degrees,t", [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (11, 2.2010), (30, 2.0423)])
+def test_quantiles_are_the_tabulated_ones(degrees: int, t: float) -> None:
+    assert t_quantile(degrees) == pytest.approx(t, abs=1e-4)
+
+
+def test_an_interval_holds_the_true_mean_as_often_as_it_says() -> None:
+    generator = torch.Generator().manual_seed(1)
+    drawn = [interval(torch.randn(5, generator=generator).tolist()) for _ in range(2000)]
+    assert sum(i.low <= 0 <= i.high for i in drawn) / 2000 == pytest.approx(0.95, abs=0.015)
+
+
+def test_a_verdict_needs_the_whole_interval() -> None:
+    assert verdict(Interval(0.001, -0.001, 0.0024)).startswith("FP8 follows")
+    assert verdict(Interval(0.001, -0.001, 0.0026)).startswith("inconclusive")
+    assert verdict(Interval(0.004, 0.0026, 0.006)).startswith("FP8 does not")
+
+
+def test_excess_is_that_of_the_last_losses_over_the_same_seeds_bf16() -> None:
+    losses = {Run(seed, variant): [9.0] * 30 + [2.0 + seed] * 50 for seed in (1, 2) for variant in VARIANTS}
+    losses[Run(1, "fp8")] = [1.0] * 30 + [3.0 * 1.01] * 50
+    losses[Run(3, "bf16")] = losses[Run(3, "fp8")] = [1.0] * 80  # its control is not done yet
+    result = summary(losses)
+    assert result["seeds"] == [1, 2]
+    assert result["fp8"]["excess"] == pytest.approx([0.01, 0.0]) and result["control"]["excess"] == [0.0, 0.0]
+    assert result["fp8"]["mean"] == pytest.approx(0.005) and result["verdict"].startswith("inconclusive")
+
+
+def test_results_go_on_after_a_line_that_was_cut_short(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    assert read_results(file, MARK, 60) == {}
+    file.write_text(entry() + entry(steps=70, seed=2) + entry(seed=3)[:40])
+    assert list(read_results(file, MARK, 60)) == [Run(1, "fp8")]
+    assert file.read_text() == entry() + entry(steps=70, seed=2)
+    for bad, message in ((entry(text="other"), "another text"), ("{}\n", "line 1 is not a run")):
+        file.write_text(bad)
+        with pytest.raises(ResultsError, match=message):
+            read_results(file, MARK, 60)
+
+
+def test_the_picture_has_a_curve_for_every_seed_and_their_means() -> None:
+    runs = [[3.0 - 0.01 * step + 0.001 * seed for step in range(80)] for seed in range(3)]
+    worse = [[1.01 * loss for loss in run] for run in runs]
+    root = ElementTree.fromstring(svg({"bf16": runs, "control": runs, "fp8": worse}, 50))
+    assert len(root.findall(".//{*}polyline")) == 3 + 2 * (3 + 1)
+    assert "+1.0" in [text.text for text in root.findall(".//{*}text")]
+
+
+def test_the_control_differs_in_one_number() -> None:
+    config = configuration(Run(1, "control"), 60)
+    job = Job(config.model, Layout(), "dualpipe", torch.float32, torch.device("cpu"), 1, 8, 2, 1, config.optimizer)
+    worker = Worker(job, 0)
+
+    def values() -> dict[str, torch.Tensor]:
+        return {n: p.detach().clone() for h in worker.held.values() for n, p in h.stage.model.named_parameters()}
+
+    before = values()
+    move_weight(worker)
+    changes = {name: value - before[name] for name, value in values().items()}
+    assert [name for name, change in changes.items() if change.any()] == [MOVED]
+    assert changes[MOVED].count_nonzero() == 1 and changes[MOVED].sum().item() == pytest.approx(BY, rel=1e-3)
