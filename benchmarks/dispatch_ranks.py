@@ -23,29 +23,34 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.exchange import Dispatched
+from model.fp8.quantise import SIZE, dequantise
 from model.router import choose
-from parallel.exchange import DispatchLayout, GroupExchange, Hop
+from parallel.exchange import DispatchLayout, GroupExchange
+from parallel.hop import Hop
 from parallel.mesh import Layout
 
 MODEL = ModelConfig()
 """DeepSeek-V3: 256 experts, 8 of them a token, 7168 channels."""
+FP8_ROW_BYTES = MODEL.hidden_size + 4 * MODEL.hidden_size // SIZE
+"""A row and its scales."""
 MOST_NODES = 4
 WARM_UP = 1
 
 
 @dataclass(frozen=True)
 class Setting:
-    """``tokens`` of each rank; ``rounds`` that count."""
+    """``tokens`` of each rank; ``rounds`` that count; ``chunks`` of a dispatch in two hops."""
 
     nodes: int
     ranks_per_node: int
     tokens: int
     rounds: int
+    chunks: int
 
 
 @dataclass(frozen=True)
 class Sent:
-    """What a rank sends, and gets from other nodes, in one hop of one pass, in bytes, itself excepted."""
+    """What a rank sends, and gets from other nodes, in one pass, in bytes, itself excepted."""
 
     between: int
     received_between: int
@@ -68,37 +73,48 @@ class Contestant:
     def forward(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> tuple[Tensor, Dispatched]:
         """Dispatch and combine, as if every expert gave back what it gets."""
         sent = self.exchange.dispatch(x_TD, weights_TK, indices_TK).wait()
-        return self.exchange.combine(sent.rows_RD, sent.layout).wait(), sent
+        rows_RD = sent.rows_RD if sent.payload is None else dequantise(sent.payload).to(x_TD.dtype)
+        return self.exchange.combine(rows_RD, sent.layout).wait(), sent
 
     def backward(self, gz_TD: Tensor, sent: Dispatched) -> Tensor:
         """Their gradients."""
         grows_RD = self.exchange.dispatch_gradient(gz_TD, sent.layout).wait()
         return self.exchange.combine_gradient(grows_RD, sent.weights_R, sent.layout).wait()[0]
 
-    def traffic(self, layout: DispatchLayout, row_bytes: int, gate_bytes: int) -> dict[str, list[list[Sent]]]:
-        """Forward and backward -> passes -> hops. Rows go with the gate values of the experts behind a hop on dispatch,
-        and come with their gradients on its gradient; combine has rows alone."""
-        bare = [row_bytes for _ in self.hops]
-        packed = [row_bytes + self._behind(h) * gate_bytes for h in range(len(self.hops))]
+    def traffic(self, layout: DispatchLayout) -> dict[str, list[Sent]]:
+        """Forward and backward -> passes. On dispatch, rows go with gate values of the experts behind a hop, and its
+        gradient brings theirs; combine has rows alone. What is combined is BF16 in any case."""
+        row = MODEL.hidden_size * 2
+        payload = FP8_ROW_BYTES if self.exchange.fp8 else row
+        gates = [4 * self._behind(h) for h in range(len(self.hops))]
         return {
-            "forward": [self._pass(layout, packed, back=False), self._pass(layout, bare, back=True)],
-            "backward": [self._pass(layout, bare, back=False), self._pass(layout, packed, back=True)],
+            "forward": [
+                self._pass(layout, [payload + g for g in gates]),
+                self._pass(layout, [row for _ in gates], True),
+            ],
+            "backward": [
+                self._pass(layout, [payload for _ in gates]),
+                self._pass(layout, [row + g for g in gates], True),
+            ],
         }
 
     def _behind(self, h: int) -> int:
         """Experts that a rank of hop ``h`` stands for."""
         return self.exchange.experts * math.prod(len(peers) for peers in self.hops[h + 1 :])
 
-    def _pass(self, layout: DispatchLayout, widths: list[int], back: bool) -> list[Sent]:
-        rank, found = dist.get_rank(), []
-        for peers, way, width in zip(self.hops, layout.hops, widths, strict=True):
-            sent, received = (way.received, way.sent) if back else (way.sent, way.received)
-            near = [peer // self._ranks_per_node == rank // self._ranks_per_node for peer in peers]
-            away = [p for p, of_node in enumerate(near) if not of_node]
-            beside = [p for p, of_node in enumerate(near) if of_node and peers[p] != rank]
-            rows = (sum(sent[p] for p in away), sum(received[p] for p in away), sum(sent[p] for p in beside))
-            found.append(Sent(*(width * count for count in rows)))
-        return found
+    def _pass(self, layout: DispatchLayout, widths: list[int], back: bool = False) -> Sent:
+        rank, node = dist.get_rank(), dist.get_rank() // self._ranks_per_node
+        between = received_between = inside = 0
+        for h, (peers, width) in enumerate(zip(self.hops, widths, strict=True)):
+            for hops in layout.chunks:
+                sent, received = (hops[h].received, hops[h].sent) if back else (hops[h].sent, hops[h].received)
+                for p, peer in enumerate(peers):
+                    if peer // self._ranks_per_node != node:
+                        between += width * sent[p]
+                        received_between += width * received[p]
+                    elif peer != rank:
+                        inside += width * sent[p]
+        return Sent(between, received_between, inside)
 
 
 def contestants(setting: Setting) -> dict[str, Contestant]:
@@ -106,23 +122,28 @@ def contestants(setting: Setting) -> dict[str, Contestant]:
     world, rank = dist.get_world_size(), dist.get_rank()
     experts = MODEL.n_routed_experts // world
     layout = Layout(1, world, world, setting.ranks_per_node)
-    hops, groups = [], []
+    two: list[tuple[list[int], Hop]] = []
     for members in (layout.local_peers, layout.node_ranks):
         every = dict.fromkeys(tuple(members(r)) for r in range(world))
-        made = {ranks: dist.new_group(list(ranks)) if len(ranks) > 1 else None for ranks in every}
-        hops.append(members(rank))
-        groups.append(Hop(made[tuple(hops[-1])], [layout.far(rank, peer) for peer in hops[-1]]))
+        made = {ranks: dist.new_group(list(ranks)) for ranks in every if len(ranks) > 1}
+        peers = members(rank)
+        if tuple(peers) in made:
+            two.append((peers, Hop(made[tuple(peers)], [layout.far(rank, peer) for peer in peers])))
     everyone = dist.group.WORLD
     assert everyone is not None
-    one = [Hop(everyone, [layout.far(rank, peer) for peer in range(world)])]
-    return {
-        "flat": Contestant(GroupExchange(everyone, experts, one), [list(range(world))], setting.ranks_per_node),
-        "hierarchical": Contestant(GroupExchange(everyone, experts, groups), hops, setting.ranks_per_node),
-    }
+    all_ranks = list(range(world))
+    one = [(all_ranks, Hop(everyone, [layout.far(rank, peer) for peer in all_ranks]))]
+    found = {}
+    for kind, ways, chunks in (("flat", one, 1), ("hierarchical", two, setting.chunks)):
+        for payload in ("bf16", "fp8"):
+            hops = [hop for _, hop in ways]
+            exchange = GroupExchange(everyone, experts, hops, fp8=payload == "fp8", chunks=chunks)
+            found[f"{kind} {payload}"] = Contestant(exchange, [peers for peers, _ in ways], setting.ranks_per_node)
+    return found
 
 
 def measure(setting: Setting) -> dict[str, Any] | None:
-    """The result, on rank 0. Both contestants must give the same."""
+    """The result, on rank 0. With the same payload, both kinds must give the same."""
     rank = dist.get_rank()
     generator = torch.Generator().manual_seed(rank)
     x_TD = torch.randn(setting.tokens, MODEL.hidden_size, generator=generator).bfloat16()
@@ -135,15 +156,15 @@ def measure(setting: Setting) -> dict[str, Any] | None:
         z_TD, sent = contestant.forward(x_TD, weights_TK, indices_TK)
         outcome[name] = z_TD, contestant.backward(z_TD, sent)
         after = counters()
-        traffic = contestant.traffic(sent.layout, MODEL.hidden_size * x_TD.element_size(), weights_TK.element_size())
-        bytes_sent[name] = traffic, {device: after[device] - before[device] for device in after}
-    for flat_TD, hierarchical_TD in zip(*outcome.values(), strict=True):
-        # BF16 sums in another order: two units in the last place of the largest sums.
-        torch.testing.assert_close(flat_TD, hierarchical_TD, rtol=2**-6, atol=2**-4)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in of}
+        bytes_sent[name] = contestant.traffic(sent.layout), {device: after[device] - before[device] for device in after}
+    for payload in ("bf16", "fp8"):
+        for flat_TD, two_hops_TD in zip(outcome[f"flat {payload}"], outcome[f"hierarchical {payload}"], strict=True):
+            # BF16 sums in another order: two units in the last place of the largest sums.
+            torch.testing.assert_close(flat_TD, two_hops_TD, rtol=2**-6, atol=2**-4)
+    turns: dict[str, list[Turn]] = {name: [] for name in of}
     for turn in range(WARM_UP + setting.rounds):
         for name in of if turn % 2 else reversed(of):
-            seconds[name].append(timed(of[name], x_TD, weights_TK, indices_TK))
+            turns[name].append(timed(of[name], x_TD, weights_TK, indices_TK))
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, bytes_sent)
     node_TK = indices_TK // (MODEL.n_routed_experts // setting.nodes)
@@ -151,25 +172,34 @@ def measure(setting: Setting) -> dict[str, Any] | None:
     dist.all_reduce(copies)
     if rank:
         return None
-    # Once there and once back, in either direction.
-    result: dict[str, Any] = {"least_between_bytes": 2 * int(copies) * MODEL.hidden_size * x_TD.element_size()}
+    result: dict[str, Any] = {"copies_between": int(copies)}
     for name in of:
-        result[name] = summary([ranks[name] for ranks in every], seconds[name][WARM_UP:], setting)
+        result[name] = summary([ranks[name] for ranks in every], turns[name][WARM_UP:], setting)
     return result
 
 
-def timed(of: Contestant, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> tuple[float, float]:
-    """Seconds of the slowest rank, forward and backward."""
+@dataclass(frozen=True)
+class Turn:
+    """Seconds of the slowest rank, forward and backward; ``busy_cores``: CPU time of all ranks over that time."""
+
+    forward: float
+    backward: float
+    busy_cores: float
+
+
+def timed(of: Contestant, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Turn:
     dist.barrier()
-    begin = time.perf_counter()
+    cpu, begin = time.process_time(), time.perf_counter()
     z_TD, sent = of.forward(x_TD, weights_TK, indices_TK)
-    middle = time.perf_counter()
+    middle, cpu_forward = time.perf_counter(), time.process_time()
     dist.barrier()
-    again = time.perf_counter()
+    cpu_again, again = time.process_time(), time.perf_counter()
     of.backward(z_TD, sent)
     seconds = torch.tensor([middle - begin, time.perf_counter() - again])
+    busy = torch.tensor(time.process_time() - cpu_again + cpu_forward - cpu)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    return float(seconds[0]), float(seconds[1])
+    dist.all_reduce(busy)
+    return Turn(float(seconds[0]), float(seconds[1]), float(busy / seconds.sum()))
 
 
 def counters() -> dict[str, int]:
@@ -181,19 +211,19 @@ def counters() -> dict[str, int]:
     return {device: found[device] for device in ("eth0", "lo")}
 
 
-def summary(ranks: list[Any], seconds: list[tuple[float, float]], setting: Setting) -> dict[str, Any]:
-    """Median seconds; bytes, summed over the ranks and, for each hop, of the busiest node."""
+def summary(ranks: list[Any], turns: list[Turn], setting: Setting) -> dict[str, Any]:
+    """Medians; bytes, summed over the ranks and, for each pass, of the busiest node."""
     size = setting.ranks_per_node
     nodes = [ranks[n : n + size] for n in range(0, len(ranks), size)]
-    found: dict[str, Any] = {"wire_bytes": {d: sum(of[0][1][d] for of in nodes) for d in ("eth0", "lo")}}
-    for direction, medians in zip(
-        ("forward", "backward"), map(statistics.median, zip(*seconds, strict=True)), strict=True
-    ):
-        passes = ranks[0][0][direction]
-        hops = []
-        for p, h in [(p, h) for p, of in enumerate(passes) for h in range(len(of))]:
-            sent = [[traffic[direction][p][h] for traffic, _ in of] for of in nodes]
-            hops.append(
+    found: dict[str, Any] = {
+        "wire_bytes": {d: sum(of[0][1][d] for of in nodes) for d in ("eth0", "lo")},
+        "busy_cores": statistics.median(turn.busy_cores for turn in turns),
+    }
+    for direction in ("forward", "backward"):
+        passes = []
+        for p in range(len(ranks[0][0][direction])):
+            sent = [[traffic[direction][p] for traffic, _ in of] for of in nodes]
+            passes.append(
                 {
                     "between_bytes": sum(s.between for of in sent for s in of),
                     "inside_bytes": sum(s.inside for of in sent for s in of),
@@ -203,7 +233,8 @@ def summary(ranks: list[Any], seconds: list[tuple[float, float]], setting: Setti
                     "busiest_inside_bytes": max(sum(s.inside for s in of) for of in sent),
                 }
             )
-        found[direction] = {"seconds": medians, "hops": hops}
+        seconds = statistics.median(getattr(turn, direction) for turn in turns)
+        found[direction] = {"seconds": seconds, "passes": passes}
     return found
 
 

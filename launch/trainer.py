@@ -272,7 +272,8 @@ def _job(config: Config, device: torch.device, here: Place, document_end: int) -
 
 
 def _entry(step: int, result: StepResult, rate: float, tokens: int, seconds: float) -> dict[str, Any]:
-    """A line of ``metrics.jsonl``. Dispatch: bytes of all ranks, and the mean rank's waiting for them. Loads are by
+    """A line of ``metrics.jsonl``. Dispatch: bytes of all ranks; seconds of the mean rank in
+    which its computation waited for them (exposed), and in which they were under way beside it (hidden). Loads are by
     layer, the busiest expert over the mean; memory is rank 0's peak."""
     unit_bytes = 1 if sys.platform == "darwin" else 1024
     memory = {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes}
@@ -291,7 +292,8 @@ def _entry(step: int, result: StepResult, rate: float, tokens: int, seconds: flo
         "dispatch": {
             "inside_node_bytes": result.traffic.inside_bytes,
             "between_nodes_bytes": result.traffic.between_bytes,
-            "waited_seconds": result.traffic.waited_s,
+            "exposed_seconds": result.times.exposed_s,
+            "hidden_seconds": result.times.hidden_s,
         },
         "expert_load": {str(layer): load for layer, load in result.expert_load.items()},
         "peak_activations": result.peak_activations,

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.bucket import ALIGNMENT, Bucket
-from parallel.exchange import Traffic
+from parallel.comm_stream import CommStream, Times
+from parallel.hop import Traffic
 from parallel.optimizer import clip_scale
 from parallel.stage import ModelStage
 
@@ -36,7 +37,7 @@ class HeldStage:
 class StepSums:
     """What all ranks know after STEP. ``cross_entropy`` and ``balance`` are sums over the step (nats; balance without
     alpha); ``expert_load``: the busiest expert's load over the mean, by MoE layer; ``traffic``: bytes of all
-    ranks, and the mean rank's waiting; ``stop``: some rank asked to stop.
+    ranks; ``times``: the mean rank's; ``stop``: some rank asked to stop.
     """
 
     cross_entropy: float
@@ -44,6 +45,7 @@ class StepSums:
     grad_norm: float
     expert_load: dict[int, float]
     traffic: Traffic
+    times: Times
     stop: bool
 
 
@@ -72,13 +74,15 @@ class StepEnd:
         layers: int,
         clip_norm: float,
         traffic: Traffic,
+        stream: CommStream,
     ) -> None:
         self.held, self.optimizer, self.layers, self.clip_norm = held, optimizer, layers, clip_norm
-        self.traffic = traffic
+        self.traffic, self.stream = traffic, stream
 
     def begin(self, learning_rate: float, stop: bool) -> None:
         self._learning_rate, self._stop = learning_rate, stop
         self.traffic.clear()
+        self.stream.clear()
         for held in self.held.values():
             for bucket in held.buckets:
                 bucket.gradients.zero_()
@@ -119,7 +123,7 @@ class StepEnd:
         """One all-reduce for everything that the ranks must agree on. In FP64: with some thousand ranks the order of
         an FP32 sum would show in the reported loss."""
         stages = [held.stage for held in self.held.values()]
-        vector = torch.zeros(7 + self.layers, dtype=torch.float64, device=stages[0].device)
+        vector = torch.zeros(8 + self.layers, dtype=torch.float64, device=stages[0].device)
         for held in self.held.values():
             for bucket in held.buckets:
                 vector[0] += squared_norm(bucket.gradient)
@@ -127,17 +131,18 @@ class StepEnd:
             vector[2] += held.stage.balance
             if held.counts:
                 for layer, load_E in held.loads().items():
-                    vector[7 + layer] = load_E.max() / load_E.double().mean()
-        own = self.traffic
-        vector[3:7] = vector.new_tensor([self._stop, own.inside_bytes, own.between_bytes, own.waited_s])
+                    vector[8 + layer] = load_E.max() / load_E.double().mean()
+        own, times = self.traffic, self.stream.times()
+        vector[3:6] = vector.new_tensor([self._stop, own.inside_bytes, own.between_bytes])
+        vector[6:8] = vector.new_tensor([times.communication_s, times.exposed_s])
         ranks = 1
         if dist.is_initialized():
             dist.all_reduce(vector)
             ranks = dist.get_world_size()
-        squares, cross_entropy, balance, stop, inside, between, waited_s, *loads = vector.tolist()
+        squares, cross_entropy, balance, stop, inside, between, flying_s, exposed_s, *loads = vector.tolist()
         by_layer = {layer: load for layer, load in enumerate(loads) if load > 0}
-        traffic = Traffic(int(inside), int(between), waited_s / ranks)
-        return StepSums(cross_entropy, balance, squares**0.5, by_layer, traffic, stop > 0)
+        traffic, times = Traffic(int(inside), int(between)), Times(flying_s / ranks, exposed_s / ranks)
+        return StepSums(cross_entropy, balance, squares**0.5, by_layer, traffic, times, stop > 0)
 
 
 def squared_norm(gradient: Tensor) -> Tensor:

@@ -22,9 +22,11 @@ from model.fp8.gemm import choose
 from model.linear import WeightGradients, own
 from model.transformer import Transformer, expert_parameters, initialise
 from parallel.bucket import Bucket
+from parallel.comm_stream import Times, comm_stream
 from parallel.deepspeed_backend import DeepSpeedAdamW
-from parallel.exchange import GroupExchange, Hop, Traffic
+from parallel.exchange import GroupExchange
 from parallel.groups import Groups
+from parallel.hop import Hop, Traffic
 from parallel.mesh import Layout
 from parallel.optimizer import AdamW
 from parallel.optimizer_config import OptimizerConfig
@@ -32,6 +34,9 @@ from parallel.partition import partition
 from parallel.stage import ModelStage, StepScale
 from parallel.step_end import HeldStage, ShardOptimizer, StepEnd
 from parallel.transport import PipelineTransport, channel_groups, channels
+
+CHUNK_BYTES, MOST_CHUNKS = 4 << 20, 4
+"""A dispatch in two hops goes in chunks of about so many bytes of a rank's rows, and in so many at most."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,9 @@ class Job:
 @dataclass(frozen=True)
 class StepResult:
     """One training step. ``loss`` is the mean over target tokens of the cross-entropy (nats) plus the weighted balance
-    loss; ``expert_load``: busiest over mean, by MoE layer; ``traffic``: of all dispatches and combines, bytes summed
-    over the ranks and waiting averaged; ``peak_activations`` are this rank's own, and so are ``spans``, what it
-    executed and when, if that was recorded."""
+    loss; ``expert_load``: busiest over mean, by MoE layer; ``traffic`` and ``times``: of all dispatches and combines,
+    bytes summed over the ranks, seconds of the mean rank; ``peak_activations`` are this rank's own, and so are
+    ``spans``, what it executed and when, if that was recorded."""
 
     loss: float
     cross_entropy: float
@@ -78,6 +83,7 @@ class StepResult:
     grad_norm: float
     expert_load: dict[int, float]
     traffic: Traffic
+    times: Times
     stop: bool
     peak_activations: int
     spans: Sequence[Span]
@@ -101,7 +107,7 @@ class Worker:
         self.position, self.replica = layout.pipeline_index(rank), layout.data_index(rank)
         self.program = _program(job)
         self.products = None if job.fp8 is None else choose(job.fp8, job.device)
-        self.traffic = Traffic()
+        self.traffic, self.stream = Traffic(), comm_stream(job.device)
         self.groups = Groups(layout, self.program.routes, job.dispatch == "hierarchical")
         self.held = {stage: self._hold(stage) for stage in sorted(self.program.stages_of(self.position))}
         buckets = [bucket for held in self.held.values() for bucket in held.buckets]
@@ -111,7 +117,7 @@ class Worker:
             else AdamW(job.optimizer, buckets)
         )
         layers, clip_norm = job.model.num_hidden_layers, job.optimizer.clip_norm
-        self.end = StepEnd(self.held, self.optimizer, layers, clip_norm, self.traffic)
+        self.end = StepEnd(self.held, self.optimizer, layers, clip_norm, self.traffic, self.stream)
         self._evaluation: dict[int, Program] = {}
         like = torch.empty(
             job.micro_batch_size, job.sequence_length, job.model.hidden_size, dtype=job.dtype, device=job.device
@@ -151,6 +157,7 @@ class Worker:
             sums.grad_norm,
             sums.expert_load,
             sums.traffic,
+            sums.times,
             sums.stop,
             report.peak_activations,
             report.spans,
@@ -234,8 +241,20 @@ class Worker:
                 peers = [layout.local_peers(self.rank), layout.node_ranks(self.rank)]
             case _:
                 raise ValueError(f"dispatch.kind={self.job.dispatch} must be flat or hierarchical")
-        hops = [Hop(self.groups.of(ranks), [layout.far(self.rank, rank) for rank in ranks]) for ranks in peers]
-        return GroupExchange(group, experts, hops, self.traffic, self.job.fp8_payload)
+        hops = []
+        for ranks in peers:
+            of_hop = self.groups.of(ranks)
+            if of_hop is not None:  # a hop to oneself is none
+                hops.append(Hop(of_hop, [layout.far(self.rank, rank) for rank in ranks]))
+        chunks = 1 if len(hops) == 1 else chunks_of(self.job)
+        return GroupExchange(group, experts, hops, self.traffic, self.stream, self.job.fp8_payload, chunks)
+
+
+def chunks_of(job: Job) -> int:
+    """Chunks of a dispatch in two hops: more of them hide more of one hop behind the other, and each costs messages.
+    From sizes that all ranks share, so that all cut alike."""
+    row_bytes = job.model.hidden_size * (1 if job.fp8_payload else job.dtype.itemsize)
+    return min(MOST_CHUNKS, max(1, job.micro_batch_size * job.sequence_length * row_bytes // CHUNK_BYTES))
 
 
 def _program(job: Job) -> Program:

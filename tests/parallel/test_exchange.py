@@ -1,16 +1,22 @@
 """Dispatch and combine over ranks against one process that has all tokens and all experts."""
 
 import math
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from model.exchange import Dispatched, LocalExchange
 from model.fp8.quantise import Scale, Tile, dequantise, quantise
-from parallel.exchange import DispatchLayout, GroupExchange, Hop, Traffic
+from parallel.exchange import DispatchLayout, GroupExchange
+from parallel.hop import Hop, Traffic
 from parallel.mesh import Layout
 from tests.ranks import run_ranks
 
@@ -28,20 +34,9 @@ class Case:
     seed: int = 0
 
 
-def cases(world: int) -> list[Case]:
-    generator = torch.Generator().manual_seed(world)
-
-    def number(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=generator))
-
-    drawn = []
-    for seed in range(8):
-        each = number(1, 4)
-        tokens = tuple(number(1, 9) for _ in range(world))
-        drawn.append(Case(tokens, number(1, min(3, world * each)), each, None, seed))
+def edges(world: int) -> list[Case]:
     even = (4,) * world
     return [
-        *drawn,
         Case(even, 1, 1),  # one expert a rank: nothing has to be put into order
         Case(even, world, 1),  # everyone to everyone
         Case(even, 2, 3, (0, 1)),  # the first rank's experts alone, one of which gets nothing
@@ -49,6 +44,16 @@ def cases(world: int) -> list[Case]:
         Case((0,) * (world - 1) + (6,), 2, 2),  # tokens on one rank only
         Case((0,) * world, 2, 2),  # none at all
     ]
+
+
+@st.composite
+def routings(draw: st.DrawFn, world: int = 4) -> Case:
+    tokens = draw(st.tuples(*[st.integers(0, 9)] * world))
+    each = draw(st.integers(1, 4))
+    chosen = draw(st.integers(1, min(3, world * each)))
+    experts = st.sets(st.integers(0, world * each - 1), min_size=chosen)
+    only = draw(st.none() | experts.map(lambda some: tuple(sorted(some))))
+    return Case(tokens, chosen, each, only, draw(st.integers(0, 99)))
 
 
 def drawn(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -81,136 +86,209 @@ def alone(case: Case) -> list[Tensor]:
     return [z.detach(), *torch.autograd.grad(z, leaves, gz)]
 
 
-def flat(each: int, fp8: bool = False) -> GroupExchange:
-    hop = Hop(dist.group.WORLD, [False] * dist.get_world_size())
-    return GroupExchange(dist.group.WORLD, each, [hop], fp8=fp8)
+@dataclass(frozen=True)
+class Way:
+    """How rows travel: over so many emulated nodes, in so many chunks."""
+
+    nodes: int
+    chunks: int = 1
+    fp8: bool = False
 
 
-def exchange_over(world: int, nodes: int, each: int, fp8: bool = False) -> GroupExchange:
-    """Flat over the world, or hierarchical over so many nodes. Collective."""
-    if nodes == 1:
-        return flat(each, fp8)
-    layout = Layout(1, world, world, ranks_per_node=world // nodes)
-    hops = []
-    for members in (layout.local_peers, layout.node_ranks):
-        groups = {tuple(members(r)): None for r in range(world)}
-        made = {ranks: dist.new_group(ranks) if len(ranks) > 1 else None for ranks in groups}
-        mine = tuple(members(dist.get_rank()))
-        hops.append(Hop(made[mine], [layout.far(dist.get_rank(), rank) for rank in mine]))
-    return GroupExchange(dist.group.WORLD, each, hops, fp8=fp8)
+WAYS = [Way(1), Way(1, 2), Way(2), Way(2, 3), Way(4)]
 
 
-def together(rank: int, world: int, nodes: int) -> list[list[list[float]]]:
-    """The same of this rank's tokens and experts, for every case."""
+class Exchanges:
+    """Flat over the world, or hierarchical over some nodes, in groups that are made once. Collective."""
+
+    def __init__(self, world: int, nodes: Sequence[int]) -> None:
+        self.world, rank = world, dist.get_rank()
+        self.hops: dict[int, list[Hop]] = {}
+        for number in nodes:
+            layout = Layout(1, world, world, ranks_per_node=world // number)
+            self.hops[number] = []
+            for members in [layout.expert_group] if number == 1 else [layout.local_peers, layout.node_ranks]:
+                every = dict.fromkeys(tuple(members(r)) for r in range(world))
+                made = {ranks: dist.new_group(ranks) for ranks in every if len(ranks) > 1}
+                mine = tuple(members(rank))
+                if mine in made:
+                    self.hops[number].append(Hop(made[mine], [layout.far(rank, peer) for peer in mine]))
+
+    def over(self, way: Way, each: int) -> GroupExchange:
+        assert dist.group.WORLD is not None
+        return GroupExchange(dist.group.WORLD, each, self.hops[way.nodes], fp8=way.fp8, chunks=way.chunks)
+
+
+def mine(case: Case) -> slice:
+    rank = dist.get_rank()
+    return slice(sum(case.tokens[:rank]), sum(case.tokens[: rank + 1]))
+
+
+def through(exchange: GroupExchange, case: Case) -> list[Tensor]:
+    """[result, gradients of hidden states, gate values and matrices, rows that the experts got], of this rank."""
+    x, weights, indices, gz, matrices = drawn(case)
+    own, rank = mine(case), dist.get_rank()
+    held = matrices[rank * case.each : (rank + 1) * case.each].clone().requires_grad_()
+    sent = exchange.dispatch(x[own], weights[own], indices[own]).wait()
+    rows, gates = sent.rows_RD.requires_grad_(), sent.weights_R.requires_grad_()
+    y = expert(Dispatched(rows, gates, sent.ends_E, None), held)
+    z = exchange.combine(y.detach(), sent.layout).wait()
+    gy = exchange.dispatch_gradient(gz[own], sent.layout).wait()
+    grows, ggates, gheld = torch.autograd.grad(y, [rows, gates, held], gy)
+    gx, gweights = exchange.combine_gradient(grows, ggates, sent.layout).wait()
+    assert z.shape == gx.shape == x[own].shape and gweights.shape == weights[own].shape
+    return [t.detach() for t in (z, gx, gweights, gheld, rows)]
+
+
+def together(rank: int, world: int, ways: Sequence[Way], cases: Sequence[Case]) -> list[list[list[list[float]]]]:
+    """For every case and way: result and gradients. On the way, what experts get and give is compared between ways."""
+    exchanges = Exchanges(world, sorted({way.nodes for way in ways}))
     results = []
-    exchanges = {case.each: exchange_over(world, nodes, case.each) for case in cases(world)}
-    for case in cases(world):
-        x, weights, indices, gz, matrices = drawn(case)
-        first = sum(case.tokens[:rank])
-        mine = slice(first, first + case.tokens[rank])
-        held = matrices[rank * case.each : (rank + 1) * case.each].clone().requires_grad_()
-        exchange = exchanges[case.each]
-        sent = exchange.dispatch(x[mine], weights[mine], indices[mine]).wait()
-        rows, gates = sent.rows_RD.requires_grad_(), sent.weights_R.requires_grad_()
-        y = expert(Dispatched(rows, gates, sent.ends_E, None), held)
-        z = exchange.combine(y.detach(), sent.layout).wait()
-        gy = exchange.dispatch_gradient(gz[mine], sent.layout).wait()
-        grows, ggates, gheld = torch.autograd.grad(y, [rows, gates, held], gy)
-        gx, gweights = exchange.combine_gradient(grows, ggates, sent.layout).wait()
-        assert z.shape == gx.shape == x[mine].shape and gweights.shape == weights[mine].shape
-        results.append([t.flatten().tolist() for t in (z, gx, gweights, gheld)])
+    for case in cases:
+        found = {way: through(exchanges.over(way, case.each), case) for way in ways}
+        for way, tensors in found.items():
+            same = tensors[3:] if way.nodes > 1 else tensors  # nodes sum before they send
+            for got, wanted in zip(same[::-1], found[ways[0]][::-1], strict=False):
+                assert torch.equal(got, wanted), (case, way)
+            for got, wanted in zip(tensors, found[Way(way.nodes)], strict=True):
+                assert torch.equal(got, wanted), ("chunks must not matter", case, way)
+        results.append([[t.flatten().tolist() for t in tensors[:4]] for tensors in found.values()])
     return results
 
 
-@pytest.mark.parametrize("world,nodes", [(2, 1), (4, 1), (2, 2), (4, 2), (4, 4), (6, 3)])
-def test_ranks_together_are_one_process_alone(world: int, nodes: int) -> None:
-    ranks = run_ranks(together, world, world, nodes)
-    for number, case in enumerate(cases(world)):
+def assert_alone(world: int, ways: Sequence[Way], cases: Sequence[Case]) -> None:
+    ranks = run_ranks(together, world, world, ways, cases)
+    for number, case in enumerate(cases):
         wanted = alone(case)
-        for kind, want in enumerate(wanted):
-            got = torch.cat([torch.tensor(rank[number][kind]) for rank in ranks])
-            torch.testing.assert_close(got, want.flatten(), rtol=1e-6, atol=1e-6, msg=lambda m, c=case: f"{c}: {m}")
+        for way, kind in product(range(len(ways)), range(4)):
+            got = torch.cat([torch.tensor(rank[number][way][kind]) for rank in ranks])
+            what = f"{case}, {ways[way]}, tensor {kind}"
+            torch.testing.assert_close(
+                got, wanted[kind].flatten(), rtol=1e-6, atol=1e-6, msg=lambda m, what=what: f"{what}: {m}"
+            )
 
 
-def in_fp8(rank: int, world: int, nodes: int) -> list[tuple[float, float, float]]:
-    """For every case, how far what experts get, what returns and its gradient are from quantising at the experts."""
+@settings(max_examples=2, phases=[Phase.explicit, Phase.generate], deadline=None)
+@given(st.lists(routings(), min_size=12, max_size=12))
+def test_ranks_together_are_one_process_alone_whatever_the_way(cases: list[Case]) -> None:
+    assert_alone(4, WAYS, [*edges(4), *cases])
+
+
+def test_nodes_of_another_number_of_ranks() -> None:
+    assert_alone(6, [Way(1), Way(3), Way(3, 2), Way(2)], edges(6))
+
+
+def in_fp8(rank: int, cases: Sequence[Case]) -> list[tuple[float, float, float]]:
+    """For every case, how far what experts get, what returns and its gradient are from quantising at the experts; what
+    they get is the same bits on every way."""
     found = []
-    for case in cases(world):
+    exchanges = Exchanges(4, [1, 2])
+    for case in cases:
         x, weights, indices, gz, _ = drawn(case)
-        mine = slice(sum(case.tokens[:rank]), sum(case.tokens[: rank + 1]))
-        plain, fp8 = (exchange_over(world, nodes, case.each, fp8) for fp8 in (False, True))
-        sent = fp8.dispatch(x[mine], weights[mine], indices[mine]).wait()
-        wanted = plain.dispatch(x[mine], weights[mine], indices[mine]).wait()
-        assert sent.payload is not None and sent.rows_RD.shape == wanted.rows_RD.shape
-        assert torch.equal(sent.ends_E, wanted.ends_E) and torch.equal(sent.weights_R, wanted.weights_R)
-        there = quantise(wanted.rows_RD, Tile.ROW, Scale.POWER_OF_TWO)
-        gy = fp8.dispatch_gradient(gz[mine], sent.layout).wait()
-        gy_wanted = quantise(plain.dispatch_gradient(gz[mine], wanted.layout).wait(), Tile.ROW, Scale.POWER_OF_TWO)
-        z = fp8.combine(dequantise(sent.payload), sent.layout).wait()
-        z_wanted = plain.combine(dequantise(there), wanted.layout).wait()
-        pairs = [(dequantise(sent.payload), dequantise(there)), (gy, dequantise(gy_wanted)), (z, z_wanted)]
-        found.append(tuple(float((got - want).abs().sum()) for got, want in pairs))
+        own, got = mine(case), []
+        for way in (Way(1), Way(2), Way(2, 3)):
+            plain, fp8 = exchanges.over(way, case.each), exchanges.over(replace(way, fp8=True), case.each)
+            sent = fp8.dispatch(x[own], weights[own], indices[own]).wait()
+            wanted = plain.dispatch(x[own], weights[own], indices[own]).wait()
+            assert sent.payload is not None and sent.rows_RD.shape == wanted.rows_RD.shape
+            assert torch.equal(sent.ends_E, wanted.ends_E) and torch.equal(sent.weights_R, wanted.weights_R)
+            got.append((sent.payload.stored.view(torch.uint8), sent.payload.scales))
+            there = quantise(wanted.rows_RD, Tile.ROW, Scale.POWER_OF_TWO)
+            gy = fp8.dispatch_gradient(gz[own], sent.layout).wait()
+            gy_wanted = quantise(plain.dispatch_gradient(gz[own], wanted.layout).wait(), Tile.ROW, Scale.POWER_OF_TWO)
+            z = fp8.combine(dequantise(sent.payload), sent.layout).wait()
+            z_wanted = plain.combine(dequantise(there), wanted.layout).wait()
+            pairs = [(dequantise(sent.payload), dequantise(there)), (gy, dequantise(gy_wanted)), (z, z_wanted)]
+            found.append(tuple(float((one - other).abs().sum()) for one, other in pairs))
+        for stored, scales in got[1:]:
+            assert torch.equal(stored, got[0][0]) and torch.equal(scales, got[0][1]), case
     return found
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
-def test_what_travels_in_fp8_is_what_the_experts_would_have_made_of_it(nodes: int) -> None:
-    for rank in run_ranks(in_fp8, 4, 4, nodes):
+@settings(max_examples=1, phases=[Phase.explicit, Phase.generate], deadline=None)
+@given(st.lists(routings(), min_size=8, max_size=8))
+def test_what_travels_in_fp8_is_what_the_experts_would_have_made_of_it(cases: list[Case]) -> None:
+    for rank in run_ranks(in_fp8, 4, [*edges(4), *cases]):
         assert rank == [(0.0, 0.0, 0.0)] * len(rank)
 
 
-def uneven(rank: int) -> bool:
-    """Two dispatches and two combines under way at once, waited for in another order."""
+def uneven(rank: int, way: Way) -> bool:
+    """Dispatches and combines under way at once, waited for in another order."""
     torch.manual_seed(rank)
-    exchange = flat(2)
-    x, weights = torch.randn(2, 6, HIDDEN), torch.ones(6, 1)
-    indices = [torch.randint(0, 4, (6, 1)) for _ in range(2)]
-    pending = [exchange.dispatch(x[i], weights, indices[i]) for i in range(2)]
+    exchange = Exchanges(4, [way.nodes]).over(way, 2)
+    x, weights = torch.randn(3, 6, HIDDEN), torch.ones(6, 1)
+    indices = [torch.randint(0, 8, (6, 1)) for _ in x]
+    pending = [exchange.dispatch(x[i], weights, indices[i]) for i in range(3)]
     sent = [p.wait() for p in reversed(pending)][::-1]
     back = [exchange.combine(2 * s.rows_RD, s.layout) for s in sent]
-    return all(torch.equal(back[i].wait(), 2 * x[i]) for i in (1, 0))
+    return all(torch.equal(back[i].wait(), 2 * x[i]) for i in (2, 0, 1))
 
 
-def test_two_exchanges_under_way_at_once_do_not_mix() -> None:
-    assert run_ranks(uneven, 2) == [True, True]
+@pytest.mark.parametrize("way", [Way(1), Way(2, 2)])
+def test_exchanges_under_way_at_once_do_not_mix(way: Way) -> None:
+    assert run_ranks(uneven, 4, way) == [True] * 4
 
 
-def expected_traffic(exchange: GroupExchange, layout: DispatchLayout, hidden: int, waited_s: float) -> Traffic:
+def unattended(rank: int) -> tuple[bool, float, float]:
+    """Nobody waits for the first hop of a dispatch -> whether the second one left all the same and then, of a combine,
+    how long it was waited for and in flight."""
+    exchange = Exchanges(4, [2]).over(Way(2, 2), 2)
+    dist.barrier()
+    indices = torch.arange(8).expand(6, 8)
+    pending = exchange.dispatch(torch.randn(6, HIDDEN), torch.ones(6, 8), indices)
+    deadline = time.monotonic() + 30
+    while exchange.stream.times().communication_s == 0 or exchange.traffic.inside_bytes == 0:
+        if time.monotonic() > deadline:
+            raise TimeoutError(exchange.traffic)
+        time.sleep(0.01)
+    sent = pending.wait()
+    exchange.stream.clear()
+    start = time.perf_counter()
+    exchange.combine(sent.rows_RD, sent.layout).wait()
+    seconds, times = time.perf_counter() - start, exchange.stream.times()
+    return times.exposed_s <= seconds and times.communication_s <= seconds, times.exposed_s, times.communication_s
+
+
+def test_the_second_hop_follows_the_first_without_anybody_waiting() -> None:
+    for plausible, exposed_s, communication_s in run_ranks(unattended, 4):
+        assert plausible and exposed_s > 0 and communication_s > 0
+
+
+def expected_traffic(exchange: GroupExchange, layout: DispatchLayout, hidden: int) -> Traffic:
     """FP32 rows of so many channels, each with the gates of the experts behind its hop; what stays with its rank is no
     traffic."""
     total = {True: 0, False: 0}
-    for h, (hop, way) in enumerate(zip(exchange.hops, layout.hops, strict=True)):
-        behind = exchange.experts * math.prod(len(later.far) for later in exchange.hops[h + 1 :])
-        for peer, count in enumerate(way.sent):
-            if peer != exchange.digits[h]:
-                total[hop.far[peer]] += count * 4 * (hidden + behind)
-    return Traffic(total[False], total[True], waited_s)
+    for hops in layout.chunks:
+        for h, (hop, way) in enumerate(zip(exchange.hops, hops, strict=True)):
+            behind = exchange.experts * math.prod(len(later.far) for later in exchange.hops[h + 1 :])
+            for peer, count in enumerate(way.sent):
+                if peer != exchange.digits[h]:
+                    total[hop.far[peer]] += count * 4 * (hidden + behind)
+    return Traffic(total[False], total[True])
 
 
-def crossings(rank: int, world: int, nodes: int) -> list[tuple[list[int], list[int]]]:
-    """Rows sent in each hop and case, and how many (token, node) and (token, rank) pairs there are in the routing."""
+def crossings(rank: int, ways: Sequence[Way], cases: Sequence[Case]) -> list[tuple[list[int], list[int]]]:
+    """Rows sent in each hop, case and way, and how many (token, node) and (token, rank) pairs are in the routing."""
     found = []
-    size = world // nodes
-    exchanges = {case.each: exchange_over(world, nodes, case.each) for case in cases(world)}
-    for case in cases(world):
+    exchanges = Exchanges(4, [1, 2])
+    for case, way in product(cases, ways):
         x, weights, indices, _, _ = drawn(case)
-        mine = slice(sum(case.tokens[:rank]), sum(case.tokens[: rank + 1]))
-        exchange = exchanges[case.each]
-        exchange.traffic.clear()
-        layout = exchange.dispatch(x[mine], weights[mine], indices[mine]).wait().layout
-        assert exchange.traffic == expected_traffic(exchange, layout, x.shape[1], exchange.traffic.waited_s)
-        sent = torch.tensor([sum(hop.sent) for hop in layout.hops])
+        exchange, own = exchanges.over(way, case.each), mine(case)
+        layout = exchange.dispatch(x[own], weights[own], indices[own]).wait().layout
+        assert exchange.traffic == expected_traffic(exchange, layout, x.shape[1])
+        sent = torch.tensor([sum(sum(hop.sent) for hop in hops) for hops in zip(*layout.chunks, strict=True)])
         dist.all_reduce(sent)
         ranks = indices // case.each
-        to_nodes = sum(len(set(row)) for row in (ranks // size).tolist())
+        to_nodes = sum(len(set(row)) for row in (ranks // (4 // way.nodes)).tolist())
         to_ranks = sum(len(set(row)) for row in ranks.tolist())
-        found.append((sent.tolist(), [to_ranks] if nodes == 1 else [to_nodes, to_ranks]))
+        found.append((sent.tolist(), [to_ranks] if way.nodes == 1 else [to_nodes, to_ranks]))
     return found
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
-def test_a_token_crosses_once_to_each_of_its_ranks_or_nodes(nodes: int) -> None:
-    for rank in run_ranks(crossings, 4, 4, nodes):
+@settings(max_examples=1, phases=[Phase.explicit, Phase.generate], deadline=None)
+@given(st.lists(routings(), min_size=8, max_size=8))
+def test_a_token_crosses_once_to_each_of_its_ranks_or_nodes(cases: list[Case]) -> None:
+    for rank in run_ranks(crossings, 4, [Way(1), Way(2), Way(2, 3)], [*edges(4), *cases]):
         assert any(sum(sent) for sent, _ in rank)
         for sent, wanted in rank:
             assert sent == wanted
