@@ -2,6 +2,8 @@
 
 from setuptools import find_namespace_packages, setup
 
+TRITON = 'triton>=3.4; sys_platform == "linux"'
+
 setup(
     name="dualpipe-trainer",
     version="0.1.0",
@@ -14,9 +16,18 @@ setup(
     package_data={"dualpipe.draw": ["page.html"]},
     install_requires=["torch>=2.10,<3", "numpy", "pyyaml", "rich", "psutil", "safetensors>=0.4"],
     extras_require={
+        "triton": [TRITON],
         "deepspeed": ["deepspeed==0.19.8"],
         "tokenizers": ["tokenizers>=0.20"],
-        "test": ["pytest", "hypothesis", "pytest-timeout", "transformers", "tokenizers>=0.20", "deepspeed==0.19.8"],
+        "test": [
+            "pytest",
+            "hypothesis",
+            "pytest-timeout",
+            "transformers",
+            "tokenizers>=0.20",
+            "deepspeed==0.19.8",
+            TRITON,
+        ],
         "dev": ["ruff", "mypy", "types-PyYAML", "types-psutil"],
     },
     entry_points={"console_scripts": ["dualpipe=launch.cli:main"]},

@@ -14,6 +14,8 @@ each for one matrix or, with rows sorted by expert, for a matrix an expert.
 M, N outer dims, K summed dim, E experts, T tokens (rows), F outputs and D inputs of a layer, (E,) for experts alone.
 """
 
+import importlib.util
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -135,6 +137,25 @@ def _operand(q: Quantised) -> tuple[Tensor, Tensor, Tile]:
     return stored, F.pad(q.scales, (0, -q.scales.shape[1] % 4)).contiguous().t(), q.tile
 
 
+class Triton(Gemm):
+    """Kernels of our own (``triton_kernels.py``), for one matrix or all experts in one launch. Experimental."""
+
+    name = "triton"
+
+    def product(self, a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
+        from model.fp8.triton_kernels import product
+
+        return product(a, b, None, dtype)
+
+    def by_rows(self, a: Quantised, b: Quantised, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
+        from model.fp8.triton_kernels import product
+
+        return product(a, b, ends_E, dtype)
+
+    def by_columns(self, a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
+        return self.product(a, b, dtype)
+
+
 def _columns(q: Quantised) -> list[Quantised]:
     """The columns of each expert, in ROW tiles of their own."""
     assert q.ends_E is not None and q.tile is Tile.ROW, q
@@ -147,7 +168,7 @@ def _columns(q: Quantised) -> list[Quantised]:
     return found
 
 
-BACKENDS: dict[str, type[Gemm]] = {of.name: of for of in (Reference, Emulated, ScaledMM)}
+BACKENDS: dict[str, type[Gemm]] = {of.name: of for of in (Reference, Emulated, ScaledMM, Triton)}
 
 
 @dataclass(frozen=True)
@@ -163,18 +184,23 @@ class Choice:
 
 def choose(name: str, device: torch.device) -> Choice:
     """``name``: a backend or "auto", the fastest that ``device`` has. Raises PrecisionError for one that it has not."""
-    lacking = _lacks_scaled_mm(device)
     if name == "auto":
+        lacking = _lacks_scaled_mm(device)
         if lacking is None:
             return Choice(ScaledMM(), "auto: the device has Hopper's FP8 tensor cores")
         return Choice(Emulated(), f"auto: {lacking}")
     if name not in BACKENDS:
         raise PrecisionError(f"FP8 backend {name!r} must be auto, {', '.join(BACKENDS)}")
-    if name == ScaledMM.name and lacking is not None:
-        raise PrecisionError(
-            f"FP8 backend scaled_mm needs a Hopper GPU (SM90) and torch built with CUDA 12.9 or newer, and {lacking}; "
-            f"'emulated' computes the same anywhere"
-        )
+    needs = {
+        ScaledMM.name: ("a Hopper GPU (SM90) and torch built with CUDA 12.9 or newer", _lacks_scaled_mm),
+        Triton.name: ("the package triton and a GPU with FP8 (SM89 or newer), or TRITON_INTERPRET=1", _lacks_triton),
+    }
+    if name in needs:
+        what, lacks = needs[name]
+        if (lacking := lacks(device)) is not None:
+            raise PrecisionError(
+                f"FP8 backend {name} needs {what}, and {lacking}; 'emulated' computes the same anywhere"
+            )
     return Choice(BACKENDS[name](), "as asked")
 
 
@@ -189,3 +215,15 @@ def _lacks_scaled_mm(device: torch.device) -> str | None:
     if version < (12, 9):
         return f"this torch is built with CUDA {torch.version.cuda}"
     return None
+
+
+def _lacks_triton(device: torch.device) -> str | None:
+    """What this process or ``device`` lacks for ``Triton``, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} is SM{major}{minor}" if (major, minor) < (8, 9) else None

@@ -58,7 +58,10 @@ def test_the_table_names_layers_and_backend(arguments: list[str], capsys: pytest
     "more,message",
     [
         (["--backend", "scaled_mm"], "--backend=scaled_mm: FP8 backend scaled_mm needs a Hopper GPU (SM90)"),
-        (["--backend", "fast"], "--backend=fast: FP8 backend 'fast' must be auto, reference, emulated, scaled_mm"),
+        (
+            ["--backend", "fast"],
+            "--backend=fast: FP8 backend 'fast' must be auto, reference, emulated, scaled_mm, triton",
+        ),
         (["model.hidden_size=65536", "model.intermediate_size=10000000"], "fewer model.num_hidden_layers"),
         (["model.depth=3"], "model.depth"),
     ],

@@ -1,5 +1,6 @@
 """Every way to compute FP8 products gives what the definition gives: the product of the dequantised operands."""
 
+import importlib.util
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import model.fp8.gemm
-from model.fp8.gemm import BACKENDS, Choice, Emulated, Gemm, PrecisionError, Reference, ScaledMM, choose
+from model.fp8.gemm import BACKENDS, Choice, Emulated, Gemm, PrecisionError, Reference, ScaledMM, Triton, choose
 from model.fp8.quantise import SIZE, Quantised, Scale, Tile, dequantise, quantise
 
 ROUNDING = 2.0**-22
@@ -160,14 +161,30 @@ def test_scaled_mm_takes_experts_one_by_one(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_backend_is_chosen_explicitly_or_said_why() -> None:
     cpu = torch.device("cpu")
     for name, of in BACKENDS.items():
-        if of is not ScaledMM:
+        if of not in (ScaledMM, Triton):
             assert type(choose(name, cpu).gemm) is of
     auto = choose("auto", cpu)
     assert isinstance(auto.gemm, Emulated) and str(auto) == "FP8 products: emulated (auto: the device is cpu)"
     with pytest.raises(PrecisionError, match=r"scaled_mm needs a Hopper GPU \(SM90\).*the device is cpu; 'emulated'"):
         choose("scaled_mm", cpu)
-    with pytest.raises(PrecisionError, match="'fast' must be auto, reference, emulated, scaled_mm"):
+    with pytest.raises(PrecisionError, match="'fast' must be auto, reference, emulated, scaled_mm, triton"):
         choose("fast", cpu)
+
+
+def test_triton_is_refused_without_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert isinstance(choose("triton", torch.device("cpu")).gemm, Triton)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(PrecisionError, match=r"triton needs the package triton and .*the device is cpu; 'emulated'"):
+        choose("triton", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
+    with pytest.raises(PrecisionError, match="Card is SM80"):
+        choose("triton", torch.device("cuda"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(PrecisionError, match="triton is not installed"):
+        choose("triton", torch.device("cuda"))
 
 
 @pytest.mark.parametrize(
@@ -191,17 +208,28 @@ def test_hopper_has_scaled_mm(
             model.fp8.gemm.choose("scaled_mm", device)
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-)
-def test_hopper_computes_the_definition() -> None:
-    # cuBLAS promotes as the definition does, and between promotions keeps about 14 bits.
-    generator = torch.Generator().manual_seed(5)
-    x, w, gy = (m.cuda() for m in operands(generator, (300, 700), (500, 700), (300, 500)))
-    a, b = quantise(x, Tile.ROW), quantise(w, Tile.BLOCK)
-    columns = quantise(gy, Tile.COLUMN), quantise(x, Tile.COLUMN)
-    for got, want in (
-        (ScaledMM().fprop(a, b, None, torch.float32), Reference().fprop(a, b, None, torch.float32)),
-        (ScaledMM().wgrad(*columns), Reference().wgrad(*columns)),
-    ):
-        assert ((got - want).norm() / want.norm()).item() < 2e-3
+def assert_follows(got: Tensor, want: Tensor, device: str) -> None:
+    """On a CPU up to the order of an FP32 sum; tensor cores keep about 14 bits between promotions."""
+    assert got.shape == want.shape
+    assert ((got - want).norm() / want.norm()).item() < (2e-3 if device == "cuda" else 1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_backend_that_the_machine_has_computes_the_definition(name: str, device: str) -> None:
+    try:
+        gemm = choose(name, torch.device(device)).gemm
+    except PrecisionError as error:
+        pytest.skip(str(error))
+    ends = torch.tensor([0, 131, 131, 144], dtype=torch.int32, device=device)
+    shapes = (144, 200), (136, 200), (4, 136, 200), (144, 136)
+    x, w, ws, gy = (m.to(device) for m in operands(torch.Generator().manual_seed(5), *shapes))
+    row_x, row_gy = quantise(x, Tile.ROW), quantise(gy, Tile.ROW, Scale.POWER_OF_TWO)
+    for weight, of in ((quantise(w, Tile.BLOCK), None), (quantise(ws, Tile.BLOCK), ends)):
+        columns = [quantise(m, Tile.COLUMN, ends_E=of) for m in (gy, x)]
+        want = Reference().wgrad(*columns)
+        assert_follows(gemm.wgrad(*columns), want, device)
+        assert of is None or not (want[0].any() or want[2].any())
+        for product, rows in (("fprop", row_x), ("dgrad", row_gy)):
+            got, want = (getattr(g, product)(rows, weight, of, torch.float32) for g in (gemm, Reference()))
+            assert_follows(got, want, device)

@@ -1,0 +1,241 @@
+"""The scheme as Triton kernels: quantising both ways in one pass, with SwiGLU before it, and grouped products.
+
+    x [T, D] -> q in ROW tiles [T, D]  and  q in COLUMN tiles, transposed [D, T]      one read of x, for Dgrad and Wgrad
+    h [T, 2F] -> swiglu(h) the same two ways                                          it never reaches memory in BF16
+    a [M, K] x b [N, K] -> [M, N], promoted to FP32 every 128 of K                    for all experts in one launch
+
+Experimental: tested in Triton's interpreter on a CPU (TRITON_INTERPRET=1), not run on a GPU. They need FP8 tensor cores
+there (SM89 or newer).
+
+Numbers are rounded in integers, so that they are the definition's (``quantise.py``, ``formats.py``) bit by bit
+wherever a kernel runs: Triton's interpreter does not round to even, and maxima drop NaN. T tokens, D and F channels,
+M, N outer dims, K summed dim, E experts.
+"""
+
+from itertools import pairwise
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.fp8.formats import E4M3
+from model.fp8.quantise import SIZE, Quantised, Scale, Tile
+
+LARGEST = tl.constexpr(E4M3.largest)
+SMALLEST_SCALE = tl.constexpr(2.0**-126)
+LARGEST_FP32 = tl.constexpr(3.4028234663852886e38)
+EDGE: tl.constexpr = tl.constexpr(SIZE)
+
+
+@triton.jit
+def _e4m3(x):
+    """The codes of the nearest E4M3 numbers, ties to even. |x| up to 448 and its rounding, or NaN."""
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # 20 of FP32's 23 bits of mantissa go; the exponent's bias falls from 127 to 7.
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
+    # Below the normal numbers the last bit is worth 2^-9, as is FP32's own from 2^14 on.
+    subnormal = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    code = tl.minimum(tl.where(magnitude < 0x3C800000, subnormal, normal), 0x7F)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def _bf16(x):
+    """The nearest BF16 numbers, ties to even, still in FP32."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)
+
+
+@triton.jit
+def _scales(x, AXIS: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+    """``quantise.scale_of`` of the tiles along an axis."""
+    magnitude = tl.abs(x)
+    spoilt = tl.max((magnitude <= LARGEST_FP32).to(tl.int32) ^ 1, AXIS)
+    s = tl.maximum(tl.math.div_rn(tl.max(magnitude, AXIS), LARGEST), SMALLEST_SCALE)
+    if POWER_OF_TWO:
+        s = ((s.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(spoilt != 0, float("nan"), s)
+
+
+@triton.jit
+def _quantise(
+    x,
+    weights_T,
+    rows_TD,
+    row_scales,
+    columns_DT,
+    column_scales,
+    bounds,
+    tokens,
+    width,
+    SWIGLU: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+):
+    """A program has at most 128 tokens, ``bounds[i]`` to ``bounds[i + 1]``, and 128 channels."""
+    tile, across = tl.program_id(0), tl.program_id(1)
+    start, stop = tl.load(bounds + tile), tl.load(bounds + tile + 1)
+    t, d = start + tl.arange(0, EDGE), across * EDGE + tl.arange(0, EDGE)
+    token, channel = t[:, None].to(tl.int64), d[None, :].to(tl.int64)
+    inside = (token < stop) & (channel < width)
+    if SWIGLU:
+        at = token * (2 * width) + channel
+        gate = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(x + at + width, mask=inside, other=0.0).to(tl.float32)
+        y = tl.math.div_rn(gate, 1.0 + tl.exp(-gate)) * up
+        if WEIGHTED:
+            y = y * tl.load(weights_T + t, mask=t < stop, other=0.0)[:, None]
+        if x.dtype.element_ty == tl.bfloat16:
+            y = _bf16(y)
+    else:
+        y = tl.load(x + token * width + channel, mask=inside, other=0.0).to(tl.float32)
+    if ROWS:
+        s = _scales(y, 1, POWER_OF_TWO)
+        tl.store(rows_TD + token * width + channel, _e4m3(y * tl.math.div_rn(1.0, s)[:, None]), mask=inside)
+        tl.store(row_scales + t * tl.num_programs(1) + across, s, mask=t < stop)
+    if COLUMNS:
+        s = _scales(y, 0, POWER_OF_TWO)
+        tl.store(columns_DT + channel * tokens + token, _e4m3(y * tl.math.div_rn(1.0, s)[None, :]), mask=inside)
+        tl.store(column_scales + tile * width + d, s, mask=d < width)
+
+
+@triton.jit
+def _product(
+    a,
+    sa,
+    b,
+    sb,
+    out,
+    tasks,
+    n_stop,
+    a_m,
+    a_k,
+    sa_m,
+    sa_k,
+    b_e,
+    b_n,
+    b_k,
+    sb_e,
+    sb_n,
+    sb_k,
+    out_e,
+    out_m,
+    B_ROWS: tl.constexpr,
+    BF16: tl.constexpr,
+):
+    """A program makes 128 x 128 results: those of ``tasks[i]``, see ``_tasks``."""
+    task = tasks + tl.program_id(0) * 6
+    m_start, m_stop, expert = tl.load(task), tl.load(task + 1), tl.load(task + 2).to(tl.int64)
+    k_start, k_stop, k_tile = tl.load(task + 3), tl.load(task + 4), tl.load(task + 5)
+    m = (m_start + tl.arange(0, EDGE)).to(tl.int64)
+    n = (tl.program_id(1) * EDGE + tl.arange(0, EDGE)).to(tl.int64)
+    total = tl.zeros((EDGE, EDGE), tl.float32)
+    for i in range(tl.cdiv(k_stop - k_start, EDGE)):
+        k = (k_start + i * EDGE + tl.arange(0, EDGE)).to(tl.int64)
+        qa_mask = (m[:, None] < m_stop) & (k[None, :] < k_stop)
+        qa = tl.load(a + m[:, None] * a_m + k[None, :] * a_k, mask=qa_mask, other=0.0)
+        qb_mask = (n[:, None] < n_stop) & (k[None, :] < k_stop)
+        qb = tl.load(b + expert * b_e + n[:, None] * b_n + k[None, :] * b_k, mask=qb_mask, other=0.0)
+        scale_m = tl.load(sa + m * sa_m + (k_tile + i) * sa_k, mask=m < m_stop, other=0.0)
+        of_n = n if B_ROWS else n // EDGE
+        scale_n = tl.load(sb + expert * sb_e + of_n * sb_n + (k_tile + i) * sb_k, mask=n < n_stop, other=0.0)
+        total += tl.dot(qa, tl.trans(qb)) * scale_m[:, None] * scale_n[None, :]
+    at = out + expert * out_e + m[:, None] * out_m + n[None, :]
+    result = _bf16(total).to(tl.bfloat16) if BF16 else total
+    tl.store(at, result, mask=(m[:, None] < m_stop) & (n[None, :] < n_stop))
+
+
+def rows_and_columns(
+    x_TD: Tensor, scale: Scale, ends_E: Tensor | None = None, rows: bool = True, columns: bool = True
+) -> tuple[Quantised | None, Quantised | None]:
+    """``quantise`` of a matrix in ROW tiles and in COLUMN tiles, those that are asked for."""
+    return _launch(x_TD, None, x_TD.shape[1], False, scale, ends_E, rows, columns)
+
+
+def swiglu_rows_and_columns(
+    h_T2F: Tensor,
+    weights_T: Tensor | None,
+    scale: Scale,
+    ends_E: Tensor | None = None,
+    rows: bool = True,
+    columns: bool = True,
+) -> tuple[Quantised | None, Quantised | None]:
+    """The same of ``model.mlp.swiglu``, up to the rounding of its exponential."""
+    return _launch(h_T2F, weights_T, h_T2F.shape[1] // 2, True, scale, ends_E, rows, columns)
+
+
+def _launch(
+    x: Tensor,
+    weights_T: Tensor | None,
+    width: int,
+    swiglu: bool,
+    scale: Scale,
+    ends_E: Tensor | None,
+    rows: bool,
+    columns: bool,
+) -> tuple[Quantised | None, Quantised | None]:
+    x, tokens, across = x.contiguous(), len(x), -(-width // SIZE)
+    bounds = _bounds([tokens] if ends_E is None else ends_E.tolist())
+    tiles = len(bounds) - 1
+    down, wide = tokens if rows else 0, width if columns else 0  # nothing is kept for what is not asked for
+    stored = [x.new_empty(shape, dtype=torch.uint8) for shape in ((down, width), (wide, tokens))]
+    scales = [x.new_empty(shape, dtype=torch.float32) for shape in ((down, across), (tiles, wide))]
+    if x.numel():
+        table = torch.tensor(bounds, dtype=torch.int32, device=x.device)
+        gates = x if weights_T is None else weights_T
+        outputs = (stored[0], scales[0], stored[1], scales[1])
+        flags = (swiglu, weights_T is not None, rows, columns, scale is Scale.POWER_OF_TWO)
+        _quantise[(tiles, across)](x, gates, *outputs, table, tokens, width, *flags)
+    by_row, by_column = (s.view(torch.float8_e4m3fn) for s in stored)
+    return (
+        Quantised(by_row, scales[0], Tile.ROW, E4M3, width) if rows else None,
+        Quantised(by_column.t(), scales[1], Tile.COLUMN, E4M3, width, ends_E) if columns else None,
+    )
+
+
+def product(a: Quantised, b: Quantised, ends_E: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``Gemm.product``; with ``ends_E`` ``Gemm.by_rows``, and ``Gemm.by_columns`` for an ``a`` that has its own."""
+    (m, k), n, by_columns = a.stored.shape, b.stored.shape[-2], a.ends_E is not None
+    ends_E = a.ends_E if by_columns else ends_E
+    ends = None if ends_E is None else ends_E.tolist()
+    out = a.scales.new_empty(*([len(ends)] if by_columns and ends is not None else []), m, n, dtype=dtype)
+    if not out.numel():
+        return out
+    tasks = torch.tensor(_tasks(m, k, ends, by_columns), dtype=torch.int32, device=out.device)
+    strides = (*a.stored.stride(), *a.scales.stride(), *_by_expert(b.stored), *_by_expert(b.scales))
+    flags = (b.tile is Tile.ROW, dtype == torch.bfloat16)
+    grid = (len(tasks), -(-n // SIZE))
+    _product[grid](a.stored, a.scales, b.stored, b.scales, out, tasks, n, *strides, *_by_expert(out)[:2], *flags)
+    return out
+
+
+def _by_expert(t: Tensor) -> tuple[int, int, int]:
+    """Strides with that of the expert first; 0 for a matrix alone."""
+    return (0, *t.stride()) if t.ndim == 2 else t.stride()  # type: ignore[return-value]
+
+
+def _bounds(ends: list[int]) -> list[int]:
+    """Where COLUMN tiles of rows sorted by expert begin, and the last ends."""
+    found: list[int] = []
+    for start, stop in pairwise([0, *ends]):
+        found += range(start, stop, SIZE)
+    return [*found, ends[-1]]
+
+
+def _tasks(m: int, k: int, ends: list[int] | None, by_columns: bool) -> list[tuple[int, int, int, int, int, int]]:
+    """(first row, stop, expert, first of K, stop, its tile): the 128 rows or fewer that a program makes."""
+    if ends is None:
+        groups = [(0, m, 0, 0, k, 0)]
+    elif by_columns:
+        groups, tile = [], 0
+        for expert, (start, stop) in enumerate(pairwise([0, *ends])):
+            groups.append((0, m, expert, start, stop, tile))
+            tile += -(-(stop - start) // SIZE)
+    else:
+        groups = [(start, stop, expert, 0, k, 0) for expert, (start, stop) in enumerate(pairwise([0, *ends]))]
+    return [(row, min(row + SIZE, group[1]), *group[2:]) for group in groups for row in range(*group[:2], SIZE)]
