@@ -17,7 +17,6 @@ import torch.distributed as dist
 from launch.config import Config, load
 from launch.data import Dataset, open_dataset
 from launch.rank import die_with_parent, keep_memory, run_in_long_slices
-from parallel.optimizer_config import learning_rate
 from parallel.worker import Job, Worker
 
 CONFIG = Path(__file__).with_name("fp8_loss.yaml")
@@ -83,7 +82,7 @@ def move_weight(worker: Worker) -> None:
 def _step(worker: Worker, config: Config, data: Dataset, step: int) -> float:
     first, count = worker.rows(config.train.global_batch_size)
     tokens = torch.from_numpy(data.sequences(step, first, count)) if worker.needs_data else None
-    return worker.train_step(tokens, learning_rate(config.optimizer, step, config.train.steps)).cross_entropy
+    return worker.train_step(tokens, config.values().at(step).learning_rate).cross_entropy
 
 
 def _job(config: Config) -> Job:

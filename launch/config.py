@@ -20,6 +20,7 @@ from launch.yaml_strict import dump_yaml
 from model.config import ModelConfig
 from parallel.mesh import Layout
 from parallel.optimizer_config import OptimizerConfig
+from parallel.phases import Level, PhasesConfig, RunValues
 
 __all__ = [
     "Config",
@@ -75,7 +76,7 @@ class TrainConfig:
     sequence_length: int
     """Tokens of one sequence that are inputs; each has the next token as its target."""
     global_batch_size: int
-    """Sequences a step, over all ranks, whatever the layout."""
+    """Sequences a step, over all ranks, whatever the layout; the most, where phases.global_batch_size has several."""
     micro_batch_size: int = 1
     """Sequences that travel the pipeline together."""
     seed: int = 1
@@ -166,6 +167,7 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     train: TrainConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    phases: PhasesConfig = field(default_factory=PhasesConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
@@ -184,9 +186,20 @@ class Config:
         """The program of ``schedule.program``, lowered and proven. Raises ProgramError."""
         return None if self.schedule.program is None else load_program(self.schedule.program)
 
+    def values(self) -> RunValues:
+        """Batch size, learning rate and what else may change, of every step. Raises ValueError."""
+        return RunValues(
+            self.phases,
+            self.train.steps,
+            self.train.sequence_length,
+            self.train.global_batch_size,
+            self.optimizer,
+            self.model.bias_update_speed,
+        )
+
     @property
     def microbatches(self) -> int:
-        """Micro-batches of one replica in one step, all directions of the pipeline together."""
+        """Micro-batches of one replica in the largest step, all directions of the pipeline together."""
         return self.train.global_batch_size // (self.layout.data * self.train.micro_batch_size)
 
 
@@ -267,6 +280,8 @@ def _cross_check(config: Config) -> None:
             f"dispatch.payload=fp8 needs precision.compute=fp8, whose experts take it; it is {config.precision.compute}"
         )
     try:
+        for level in config.values().batches.levels[:-1]:
+            _check_level(config, level)
         stages = _stages(config)
         if config.dispatch.kind == "hierarchical" and layout.ranks_per_node:
             layout.check_nodes()
@@ -284,14 +299,37 @@ def _cross_check(config: Config) -> None:
         )
 
 
+def _check_level(config: Config, level: Level) -> None:
+    """Refuse a batch size that the layout or the schedule does not run. Raises ValueError."""
+    replica_batch = config.layout.data * config.train.micro_batch_size
+    microbatches, rest = divmod(level.size, replica_batch)
+    where = f"phases.global_batch_size gives step {level.step + 1} {level.size} sequences"
+    if rest:
+        raise ValueError(
+            f"{where}, which must be divisible by layout.data x train.micro_batch_size ({replica_batch}): "
+            f"see phases.batch_multiple={config.phases.batch_multiple}"
+        )
+    try:
+        _check_microbatches(config, microbatches)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _check_microbatches(config: Config, microbatches: int) -> None:
+    program = config.program()
+    if program is not None:
+        check_training(program, config.layout.pipeline, microbatches)
+    else:
+        schedules.check(config.schedule.name, config.layout.pipeline, microbatches, config.schedule.chunks)
+
+
 def _stages(config: Config) -> int:
     """The stages that the schedule cuts the model into. Raises ValueError for sizes that it refuses."""
     schedule, ranks = config.schedule, config.layout.pipeline
     program = config.program()
+    _check_microbatches(config, config.microbatches)
     if program is not None:
-        check_training(program, ranks, config.microbatches)
         return program.stages
-    schedules.check(schedule.name, ranks, config.microbatches, schedule.chunks)
     return schedules.stages(schedule.name, ranks, schedule.chunks)
 
 

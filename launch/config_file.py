@@ -210,7 +210,7 @@ def _unknown(kind: Any, key: str) -> ConfigError:
         near = {name: name for name in (_leaf_types(kind) if section else sections)}
     closest = difflib.get_close_matches(leaf if section in sections else key, near, n=1)
     if same:
-        hint = f"did you mean {' or '.join(difflib.get_close_matches(key, same, n=1) or same)}?"
+        hint = f"did you mean {' or '.join(same)}?"
     elif closest:
         hint = f"the nearest is {near[closest[0]]}"
     elif section in sections:

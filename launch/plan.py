@@ -100,7 +100,9 @@ def _inputs(args: argparse.Namespace) -> tuple[Workload, Cluster, Run]:
     for key, text in wanted.hardware.items():
         cluster = changed(cluster, key, text)
     every = config.checkpoint.every or None
-    return _workload(config, wanted.workload), cluster, Run(config.train.steps, every, size(config.model).active)
+    # In steps of the full batch: a ramp takes more and shorter ones.
+    steps = -(-config.values().batches.sequences_before(config.train.steps) // config.train.global_batch_size)
+    return _workload(config, wanted.workload), cluster, Run(steps, every, size(config.model).active)
 
 
 def _workload(config: Config, changes: Mapping[str, Any]) -> Workload:

@@ -45,8 +45,11 @@ class Recorder:
         self.program, self.layout, self.rank = program, layout, rank
         self._steps: deque[tuple[int, Times]] = deque(maxlen=STEPS)
 
-    def add(self, step: int, spans: Sequence[Span]) -> None:
-        """Keep a step, in place of the oldest."""
+    def add(self, step: int, spans: Sequence[Span], program: Program) -> None:
+        """Keep a step, in place of the oldest; a step of another program, in place of all."""
+        if program.microbatches != self.program.microbatches:
+            self._steps.clear()
+        self.program = program
         self._steps.append((step, [(span.start, span.end) for span in spans]))
 
     def write(self, folder: Path) -> None:

@@ -26,7 +26,7 @@ from launch.trace import Recorder
 from launch.train import DIVERGED
 from parallel import checkpoint
 from parallel.checkpoint import CheckpointError, DamagedCheckpointError, Progress
-from parallel.optimizer_config import learning_rate
+from parallel.phases import StepValues
 from parallel.stage import PADDING
 from parallel.worker import Job, StepResult, Worker
 
@@ -51,6 +51,7 @@ class Trainer:
         self.arguments, self.stop = arguments, stop
         self.leads = self.rank == 0
         self.progress = Progress(step=0, sequences=0)
+        self.values = config.values()
         self.spoiled: set[Path] = set()
 
     def run(self) -> int:
@@ -174,15 +175,22 @@ class Trainer:
 
     def _step(self) -> tuple[dict[str, Any], bool]:
         """One optimizer step: what ``metrics.jsonl`` says about it, and whether any rank was asked to stop."""
-        train, worker = self.config.train, self.worker
-        rate = learning_rate(self.config.optimizer, self.progress.step, train.steps)
+        worker, values = self.worker, self.values.at(self.progress.step)
+        sequences = values.global_batch_size
         began = time.perf_counter()
         tokens = None
         if worker.needs_data:
-            first, count = worker.rows(train.global_batch_size)
+            first, count = worker.rows(sequences)
             tokens = torch.from_numpy(self.data.visits(self.progress.sequences + first, count))
         record = self.recorder is not None
-        result = worker.train_step(tokens, rate, self.stop.signal is not None, record)
+        result = worker.train_step(
+            tokens,
+            values.learning_rate,
+            self.stop.signal is not None,
+            record,
+            sequences=sequences,
+            bias_update_speed=values.bias_update_speed,
+        )
         seconds = time.perf_counter() - began
         if not result.finite:
             raise Diverged(
@@ -190,11 +198,10 @@ class Trainer:
                 "must be finite: the step was not taken; go on from the last checkpoint with another "
                 "optimizer.learning_rate"
             )
-        self.progress = Progress(self.progress.step + 1, self.progress.sequences + train.global_batch_size)
+        self.progress = Progress(self.progress.step + 1, self.progress.sequences + sequences)
         if self.recorder is not None:
-            self.recorder.add(self.progress.step, result.spans)
-        tokens_seen = train.global_batch_size * train.sequence_length
-        return _entry(self.progress.step, result, rate, tokens_seen, seconds), result.stop
+            self.recorder.add(self.progress.step, result.spans, worker.program_of(sequences))
+        return _entry(self.progress, result, values, self.config.train.sequence_length, seconds), result.stop
 
     def _validate(self) -> float | None:
         """Bits per byte over the validation sequences; None when there are none to score."""
@@ -271,22 +278,28 @@ def _job(config: Config, device: torch.device, here: Place, document_end: int) -
     )
 
 
-def _entry(step: int, result: StepResult, rate: float, tokens: int, seconds: float) -> dict[str, Any]:
-    """A line of ``metrics.jsonl``. Dispatch: bytes of all ranks; seconds of the mean rank in
-    which its computation waited for them (exposed), and in which they were under way beside it (hidden). Loads are by
-    layer, the busiest expert over the mean; memory is rank 0's peak."""
+def _entry(
+    progress: Progress, result: StepResult, values: StepValues, sequence_length: int, seconds: float
+) -> dict[str, Any]:
+    """A line of ``metrics.jsonl``. ``tokens``: of this step; ``tokens_total``: of all so far. Dispatch: bytes of all
+    ranks; seconds of the mean rank in which its computation waited for them (exposed), and in which they were under way
+    beside it (hidden). Loads are by layer, the busiest expert over the mean; memory is rank 0's peak."""
     unit_bytes = 1 if sys.platform == "darwin" else 1024
+    tokens = values.global_batch_size * sequence_length
     memory = {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes}
     if torch.cuda.is_initialized():
         memory["device_bytes"] = torch.cuda.max_memory_allocated()
     return {
-        "step": step,
+        "step": progress.step,
         "loss": result.loss,
         "cross_entropy": result.cross_entropy,
         "balance_loss": result.balance_loss,
         "grad_norm": result.grad_norm,
-        "lr": rate,
+        "lr": values.learning_rate,
+        "bias_update_speed": values.bias_update_speed,
+        "sequences": values.global_batch_size,
         "tokens": tokens,
+        "tokens_total": progress.sequences * sequence_length,
         "step_seconds": seconds,
         "tokens_per_second": tokens / seconds,
         "dispatch": {

@@ -49,10 +49,10 @@ class Router(nn.Module):
         return Routing(indices_TK, weights_TK * c.routed_scaling_factor, balance_loss(scores_BSE, c))
 
     @torch.no_grad()
-    def update_bias(self, load_E: Tensor) -> None:
-        """Move the bias after a step in which ``load_E`` tokens, over the whole batch, chose each expert."""
+    def update_bias(self, load_E: Tensor, speed: float) -> None:
+        """Move the bias by ``speed``, after a step of whose whole batch ``load_E`` tokens chose each expert."""
         load_E = load_E.float()
-        self.bias_E += self.config.bias_update_speed * torch.sign(load_E.mean() - load_E)
+        self.bias_E += speed * torch.sign(load_E.mean() - load_E)
 
 
 def choose(scores_TE: Tensor, bias_E: Tensor, config: ModelConfig) -> Tensor:

@@ -1,6 +1,5 @@
-"""What the optimizer is told: AdamW's constants and the learning rate of every step."""
+"""What the optimizer is told: AdamW's constants, and the plain form of the learning rate's course (see phases.py)."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,19 +53,3 @@ class OptimizerConfig:
                 f"optimizer.final_learning_rate={self.final_learning_rate} must be from 0 to "
                 f"optimizer.learning_rate ({self.learning_rate})"
             )
-
-
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The learning rate of one step of a run of ``steps``; ``step`` counts from 0.
-
-    Linear warm-up, then constant, then a cosine over the last ``decay_steps`` that reaches the final rate on the last
-    step. In a run too short for both, the warm-up keeps its length and the decay takes what is left.
-    """
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    decay_steps = min(config.decay_steps, max(steps - config.warmup_steps, 0))
-    decayed = step - (steps - decay_steps) + 1
-    if decay_steps == 0 or decayed <= 0:
-        return config.learning_rate
-    remaining = 0.5 * (1 + math.cos(math.pi * min(decayed / decay_steps, 1)))
-    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * remaining

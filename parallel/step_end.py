@@ -79,8 +79,8 @@ class StepEnd:
         self.held, self.optimizer, self.layers, self.clip_norm = held, optimizer, layers, clip_norm
         self.traffic, self.stream = traffic, stream
 
-    def begin(self, learning_rate: float, stop: bool) -> None:
-        self._learning_rate, self._stop = learning_rate, stop
+    def begin(self, learning_rate: float, bias_update_speed: float, stop: bool) -> None:
+        self._learning_rate, self._bias_update_speed, self._stop = learning_rate, bias_update_speed, stop
         self.traffic.clear()
         self.stream.clear()
         for held in self.held.values():
@@ -117,7 +117,7 @@ class StepEnd:
             loads = held.loads()
             for layer, block in held.stage.model.blocks():
                 if block.router is not None:
-                    block.router.update_bias(loads[layer])
+                    block.router.update_bias(loads[layer], self._bias_update_speed)
 
     def _sums(self) -> StepSums:
         """One all-reduce for everything that the ranks must agree on. In FP64: with some thousand ranks the order of

@@ -105,7 +105,8 @@ class Worker:
         self.job, self.rank = job, rank
         layout = job.layout
         self.position, self.replica = layout.pipeline_index(rank), layout.data_index(rank)
-        self.program = _program(job)
+        self.program = _program(job, job.microbatches)
+        self._ramp: Program | None = None
         self.products = None if job.fp8 is None else choose(job.fp8, job.device)
         self.traffic, self.stream = Traffic(), comm_stream(job.device)
         self.groups = Groups(layout, self.program.routes, job.dispatch == "hierarchical")
@@ -138,15 +139,25 @@ class Worker:
         return self.replica * count, count
 
     def train_step(
-        self, tokens: Tensor | None, learning_rate: float, stop: bool = False, record: bool = False
+        self,
+        tokens: Tensor | None,
+        learning_rate: float,
+        stop: bool = False,
+        record: bool = False,
+        *,
+        sequences: int | None = None,
+        bias_update_speed: float | None = None,
     ) -> StepResult:
         """``tokens``: this replica's rows of the global batch, [rows, S+1] int64, or None where ``needs_data`` is
-        false. ``stop``: ask all ranks to stop after this step. ``record``: keep what this rank executes, and when."""
+        false. ``stop``: ask all ranks to stop after this step. ``record``: keep what this rank executes, and when.
+        ``sequences`` of the global batch and ``bias_update_speed``: the job's and the model's, unless given."""
         job = self.job
-        scale = StepScale(job.global_batch_size * job.sequence_length, job.global_batch_size)
+        sequences = job.global_batch_size if sequences is None else sequences
+        speed = job.model.bias_update_speed if bias_update_speed is None else bias_update_speed
+        scale = StepScale(sequences * job.sequence_length, sequences)
         self._begin(tokens, scale, training=True)
-        self.end.begin(learning_rate, stop)
-        report = self._run(self.program, self.end, record)
+        self.end.begin(learning_rate, speed, stop)
+        report = self._run(self.program_of(sequences), self.end, record)
         sums = self.end.sums
         cross_entropy = sums.cross_entropy / scale.tokens
         balance = job.model.balance_loss_alpha * sums.balance / scale.sequences
@@ -162,6 +173,15 @@ class Worker:
             report.peak_activations,
             report.spans,
         )
+
+    def program_of(self, sequences: int) -> Program:
+        """The program of a step of so many sequences. Raises ValueError for sizes that the schedule refuses."""
+        microbatches = sequences // (self.job.layout.data * self.job.micro_batch_size)
+        if microbatches == self.program.microbatches:
+            return self.program
+        if self._ramp is None or self._ramp.microbatches != microbatches:  # one is kept: sizes come in their order
+            self._ramp = _program(self.job, microbatches)
+        return self._ramp
 
     def evaluation_batch(self, sequences: int) -> int:
         """Sequences that an evaluation of ``sequences`` runs, padding included."""
@@ -257,8 +277,8 @@ def chunks_of(job: Job) -> int:
     return min(MOST_CHUNKS, max(1, job.micro_batch_size * job.sequence_length * row_bytes // CHUNK_BYTES))
 
 
-def _program(job: Job) -> Program:
+def _program(job: Job, microbatches: int) -> Program:
     if job.program is None:
-        return lower(generate(job.schedule, job.layout.pipeline, job.microbatches, job.chunks))
-    check_training(job.program, job.layout.pipeline, job.microbatches)
+        return lower(generate(job.schedule, job.layout.pipeline, microbatches, job.chunks))
+    check_training(job.program, job.layout.pipeline, microbatches)
     return job.program

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from dualpipe.program import dump as dump_program
 from dualpipe.schedules import generate
 from launch.config import Config, ConfigError, check_world_size, dump, from_dict, load, resume_differences, to_dict
-from parallel.optimizer_config import OptimizerConfig, learning_rate
+from parallel.optimizer_config import OptimizerConfig
+from parallel.phases import Batches, Course, PhasesConfig, warm_up_and_decay
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MINIMAL = """\
@@ -142,7 +143,10 @@ def test_text_is_taken_as_it_stands(tmp_path: Path) -> None:
         ("train.stepz=3", ["train.stepz is not a key", "the nearest is train.steps"]),
         ("modl.hidden_size=3", ["modl.hidden_size is not a key", "model.hidden_size"]),
         ("modle.hiden_size=3", ["modle.hiden_size is not a key", "the nearest is model.hidden_size"]),
-        ("train.learning_rate=3", ["train.learning_rate is not a key", "did you mean optimizer.learning_rate?"]),
+        (
+            "train.learning_rate=3",
+            ["train.learning_rate is not a key", "did you mean optimizer.learning_rate or phases."],
+        ),
         ("checkpoint.zzz=3", ["checkpoint.zzz is not a key", "checkpoint has every, keep"]),
         ("zzz.steps.x=3", ["zzz.steps.x is not a key", "the sections are model, layout"]),
         ("train.steps=2147483648", ["train.steps=2147483648", "below 2147483648"]),
@@ -289,7 +293,8 @@ def test_a_difference_names_both_values(tmp_path: Path) -> None:
 )
 def test_the_learning_rate_rises_stays_and_falls(warmup: int, decay: int, steps: int, final: float) -> None:
     config = OptimizerConfig(learning_rate=1.0, final_learning_rate=final, warmup_steps=warmup, decay_steps=decay)
-    rates = [learning_rate(config, step, steps) for step in range(steps)]
+    course = Course("learning_rate", warm_up_and_decay(config, steps), Batches(PhasesConfig(), 1, 1))
+    rates = [course.at(step) for step in range(steps)]
     assert all(0 <= rate <= 1 for rate in rates)
     assert all(rate > 0 for rate in rates[:warmup])
     assert rates[:warmup] == sorted(rates[:warmup])

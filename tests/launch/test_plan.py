@@ -45,7 +45,13 @@ def test_table_and_page(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
 
 
 def test_what_if_and_overrides_change_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["layout.pipeline=4", "layout.data=64", "train.global_batch_size=512", "--json"]
+    small = [
+        "layout.pipeline=4",
+        "layout.data=64",
+        "train.global_batch_size=512",
+        "phases.global_batch_size=[]",
+        "--json",
+    ]
     roomy = ["--what-if", "memory_gb=1000"]
 
     def step(*options: str) -> float:
@@ -89,7 +95,10 @@ def test_bad_input_is_one_line(options: list[str], message: str, capsys: pytest.
 
 
 def test_a_layout_that_does_not_fit_is_refused_with_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([V3, "layout.pipeline=4", "layout.data=64", "train.global_batch_size=512"]) == 2
+    assert (
+        main([V3, "layout.pipeline=4", "layout.data=64", "train.global_batch_size=512", "phases.global_batch_size=[]"])
+        == 2
+    )
     err = capsys.readouterr().err
     assert "more than the 77.3 GB that h800 has for tensors" in err and err.count("\n") == 1
 

@@ -74,7 +74,7 @@ def test_a_trace_opens_in_a_viewer(tmp_path: Path) -> None:
 def test_only_the_last_steps_are_kept() -> None:
     recorder = Recorder(PROGRAM, LAYOUT, 0)
     for step in range(1, 8):
-        recorder.add(step, [])
+        recorder.add(step, [], PROGRAM)
     assert [step for step, _ in recorder._steps] == list(range(8 - STEPS, 8))
 
 

@@ -34,10 +34,24 @@ def test_a_run_is_a_folder_and_two_of_them_are_the_same_bytes(config: Path, tmp_
     assert events[0] == "start" and events[-1] == "end"
 
 
-def test_killed_at_a_random_step_and_resumed_it_ends_with_the_same_bytes(config: Path, tmp_path: Path) -> None:
-    assert train(config, f"run.dir={tmp_path / 'whole'}", "train.steps=12").returncode == 0
+RAMP = [
+    "phases.global_batch_size=[{start: 8, end: 16, shape: linear, until: 1500 tokens}]",
+    "phases.batch_multiple=4",
+    "train.global_batch_size=16",
+    "phases.learning_rate=[{end: 1.0e-3, until: 3 steps, shape: linear}, {end: 0, until: 2048 tokens, shape: cosine}]",
+    "optimizer.warmup_steps=0",
+    "phases.bias_update_speed=[{end: 0.001, until: 10 steps}, {end: 0}]",
+    "train.steps=12",
+]
+"""A run whose batch grows in the middle, and whose learning rate and router bias end with it."""
+
+
+def test_killed_at_a_random_step_of_a_ramp_and_resumed_it_ends_with_the_same_bytes(
+    config: Path, tmp_path: Path
+) -> None:
+    assert train(config, f"run.dir={tmp_path / 'whole'}", *RAMP).returncode == 0
     run, step = tmp_path / "killed", random.randrange(2, 11)
-    process = start(config, f"run.dir={run}", "train.steps=12")
+    process = start(config, f"run.dir={run}", *RAMP)
     wait_for(lambda: len(entries(run)) >= step)
     ranks = descendants(process)
     victim = random.choice([p for p in ranks if p.num_threads() > 1])
@@ -46,10 +60,16 @@ def test_killed_at_a_random_step_and_resumed_it_ends_with_the_same_bytes(config:
     assert process.returncode == 1, error
     assert "SIGKILL" in error and "Traceback" not in error
     assert_gone(ranks)
-    resumed = train(config, f"run.dir={run}", "train.steps=12")
+    resumed = train(config, f"run.dir={run}", *RAMP)
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming from" in resumed.stdout
-    assert losses(run) == losses(tmp_path / "whole")
+    whole = entries(tmp_path / "whole")
+    for key in ("loss", "lr", "sequences", "tokens_total", "bias_update_speed"):
+        assert [entry[key] for entry in entries(run)] == [entry[key] for entry in whole]
+    assert [entry["sequences"] for entry in whole] == [8] * 6 + [12] * 4 + [16] * 2
+    assert [entry["tokens_total"] for entry in whole][-1] == 128 * 16
+    assert [entry["lr"] for entry in whole][1:3] == pytest.approx([2e-3 / 3, 1e-3]) and whole[-1]["lr"] == 0
+    assert [entry["bias_update_speed"] for entry in whole] == [0.001] * 10 + [0] * 2
 
 
 @pytest.mark.parametrize("killed", ["launcher", "terminal"])

@@ -163,17 +163,17 @@ def test_the_router_reports_the_balance_loss_of_its_raw_scores() -> None:
 
 @given(st.lists(st.integers(0, 1000), min_size=8, max_size=8))
 def test_the_bias_moves_towards_balance_by_gamma(loads: list[int]) -> None:
-    router = Router(tiny(bias_update_speed=0.25))
-    router.update_bias(torch.tensor(loads))
+    router = Router(tiny())
+    router.update_bias(torch.tensor(loads), 0.25)
     mean = sum(loads) / 8
     want = [0.25 if load < mean else -0.25 if load > mean else 0.0 for load in loads]
     assert router.bias_E.tolist() == want
-    router.update_bias(torch.tensor(loads))
+    router.update_bias(torch.tensor(loads), 0.25)
     assert router.bias_E.tolist() == [2 * b for b in want]
 
 
 def test_moving_the_bias_balances_the_load() -> None:
-    config = tiny(n_group=1, topk_group=1, bias_update_speed=0.01)
+    config = tiny(n_group=1, topk_group=1)
     router, _, _ = routed(config, seed=5)
     router.bias_E.zero_()
     x = torch.randn(4, 128, config.hidden_size) + 0.5  # a common part that some experts like
@@ -183,5 +183,5 @@ def test_moving_the_bias_balances_the_load() -> None:
 
     busiest_before = (load().max() / load().mean()).item()
     for _ in range(100):
-        router.update_bias(load())
+        router.update_bias(load(), 0.01)
     assert (load().max() / load().mean()).item() < 1.2 < busiest_before

@@ -69,6 +69,11 @@ def batch(job: Job, step: int) -> torch.Tensor:
     return torch.randint(0, MODEL.vocab_size, shape, generator=generator)
 
 
+def sequences(job: Job, step: int) -> int:
+    """Of a batch that grows: the first step of the longer job takes half of it."""
+    return job.global_batch_size // 2 if job is JOB and step == 0 else job.global_batch_size
+
+
 def starve(model: Transformer) -> None:
     for _, block in model.blocks():
         if block.router is not None:
@@ -104,7 +109,7 @@ def reference(job: Job, steps: int) -> tuple[list[float], list[float], float]:
             block.router.register_forward_hook(count(layer))
     losses, norms = [], []
     for step in range(steps):
-        tokens = batch(job, step)
+        tokens = batch(job, step)[: sequences(job, step)]
         sums = model(tokens[:, :-1], tokens[:, 1:])
         loss = sums.cross_entropy / tokens[:, 1:].numel() + job.model.balance_loss_alpha * sums.balance / len(tokens)
         optimizer.zero_grad()
@@ -114,7 +119,7 @@ def reference(job: Job, steps: int) -> tuple[list[float], list[float], float]:
         for layer, block in model.blocks():
             if block.router is not None:
                 assert loads[layer][STARVED] == 0
-                block.router.update_bias(loads[layer])
+                block.router.update_bias(loads[layer], job.model.bias_update_speed)
         losses.append(loss.item())
     with torch.no_grad():
         tokens = batch(job, steps)
@@ -127,9 +132,9 @@ def train(rank: int, layout: Layout, dispatch: str) -> tuple[list[float], list[f
         starve(held.stage.model)
     results = []
     for step in range(STEPS):
-        first, count = worker.rows(JOB.global_batch_size)
+        first, count = worker.rows(sequences(JOB, step))
         tokens = batch(JOB, step)[first : first + count] if worker.needs_data else None
-        results.append(worker.train_step(tokens, JOB.optimizer.learning_rate))
+        results.append(worker.train_step(tokens, JOB.optimizer.learning_rate, sequences=sequences(JOB, step)))
     return [r.loss for r in results], [r.grad_norm for r in results], max(r.peak_activations for r in results)
 
 
