@@ -88,6 +88,10 @@ class ModelConfig:
     """gamma: how far a step moves an expert's selection bias towards balance (report, 2.1.2)."""
     balance_loss_alpha: float = 0.0001
     """alpha: weight of the sequence-wise balance loss (report, eq. 17)."""
+    num_nextn_predict_layers: int = 0
+    """Multi-token-prediction modules behind the last layer, 0 or 1; the released DeepSeek-V3 has 1 (report, 2.2)."""
+    mtp_loss_weight: float = 0.3
+    """lambda: weight of the module's loss; the report has 0.3 for the first 10T tokens, then 0.1."""
 
     def __post_init__(self) -> None:
         for key in _POSITIVE:
@@ -122,8 +126,14 @@ class ModelConfig:
         if self.rope_theta <= 1 or self.rms_norm_eps <= 0 or self.initializer_range <= 0:
             raise ValueError("model.rope_theta must be above 1, model.rms_norm_eps and model.initializer_range above 0")
         self._check_yarn()
-        if self.bias_update_speed < 0 or self.balance_loss_alpha < 0:
-            raise ValueError("model.bias_update_speed and model.balance_loss_alpha must not be negative")
+        for key in ("bias_update_speed", "balance_loss_alpha", "mtp_loss_weight"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"model.{key}={getattr(self, key)} must not be negative")
+        if self.num_nextn_predict_layers not in (0, 1):
+            raise ValueError(
+                f"model.num_nextn_predict_layers={self.num_nextn_predict_layers} must be 0 or 1: one token beyond the "
+                "next is as deep as prediction goes here"
+            )
 
     def _check_yarn(self) -> None:
         if self.yarn_factor < 1:

@@ -42,11 +42,11 @@ def features_of(model: Transformer, tokens_BS: Tensor) -> Tensor:
     assert model.embed is not None and model.norm is not None
     exchange = LocalExchange(model.config.n_routed_experts)
     length = tokens_BS.shape[1]
-    cache = next(block.attn.cache for _, block in model.blocks())
+    cache = next(block.attn.cache for _, block in model.main_blocks())
     start, room = (0, length) if cache is None else (cache.length, cache.room)
     positions = Positions(model.rotations(room, tokens_BS.device)[start : start + length])
     x_BSD = model.embed(tokens_BS)
-    for _, block in model.blocks():
+    for _, block in model.main_blocks():
         x_BSD, _ = block(x_BSD, positions, exchange)
     features_BSD: Tensor = model.norm(x_BSD)
     return features_BSD

@@ -1,4 +1,4 @@
-"""The model, or any run of its layers: embedding, blocks, final norm and output head.
+"""The model, or any run of its layers: embedding, blocks, final norm, output head and multi-token prediction.
 
 A piece of the model keeps the names that its parameters have in the whole ("layers.3.attn.o.weight" wherever layer 3
 lives), so that initial values, checkpoints and comparisons need not know how it was cut.
@@ -17,6 +17,7 @@ from model.config import ModelConfig
 from model.exchange import Exchange, LocalExchange
 from model.linear import Embedding, GroupedLinear, Linear
 from model.mlp import Experts
+from model.mtp import MTP, NO_TARGET, targets_after
 from model.norm import RMSNorm
 from model.positions import Positions, documents_of, places_in
 from model.rope import rotations
@@ -24,28 +25,38 @@ from model.rope import rotations
 
 @dataclass(frozen=True)
 class Loss:
-    """Sums, so that micro-batches and ranks can be added up: the cross-entropy over the target tokens (nats), and the
-    balance loss over sequences and layers, without alpha. FP32 scalars."""
+    """Sums, so that micro-batches and ranks can be added up: the cross-entropy over the target tokens (nats), the
+    balance loss over sequences and layers, without alpha, and the cross-entropy of the multi-token-prediction module,
+    without lambda; 0 where there is none. FP32 scalars."""
 
     cross_entropy: Tensor
     balance: Tensor
+    mtp: Tensor
 
 
 class Transformer(nn.Module):
     """Layers ``layers`` of the model with routed experts ``experts`` of each; with all of both it is the whole model.
 
-    The first piece has the embedding, the last one the final norm and the head, and a piece may be both.
+    The first piece has the embedding, the last one the final norm and the head, and a piece may be both. If there is a
+    multi-token-prediction module it is in the last piece, which then has the embedding too. ``embed``: that of another
+    piece in this process, to be shared.
     """
 
     def __init__(
-        self, config: ModelConfig, layers: Sequence[int] | None = None, experts: Sequence[int] | None = None
+        self,
+        config: ModelConfig,
+        layers: Sequence[int] | None = None,
+        experts: Sequence[int] | None = None,
+        embed: Embedding | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         layers = range(config.num_hidden_layers) if layers is None else layers
         experts = range(config.n_routed_experts) if experts is None else experts
         self.first, self.last = layers[0] == 0, layers[-1] == config.num_hidden_layers - 1
-        self.embed = Embedding(config.vocab_size, config.hidden_size) if self.first else None
+        self.mtp = MTP(config, experts) if self.last and config.num_nextn_predict_layers else None
+        needs_embed = self.first or self.mtp is not None
+        self.embed = (embed or Embedding(config.vocab_size, config.hidden_size)) if needs_embed else None
         self.layers = nn.ModuleDict({str(layer): Block(config, layer, experts) for layer in layers})
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if self.last else None
         self.head = Linear(config.hidden_size, config.vocab_size) if self.last else None
@@ -69,17 +80,46 @@ class Transformer(nn.Module):
         documents_BS = documents_of(tokens_BS, document_start)
         return Positions(turns_SP[places_in(documents_BS)], documents_BS)
 
-    def blocks(self) -> Iterator[tuple[int, Block]]:
-        """(layer number, block) in order."""
+    def main_blocks(self) -> Iterator[tuple[int, Block]]:
+        """(layer number, block) of the layers, in order."""
         for name, block in self.layers.items():
             assert isinstance(block, Block)
             yield int(name), block
 
-    def cross_entropy(self, x_BSD: Tensor, targets_BS: Tensor) -> Tensor:
-        """Final norm, head, and the summed cross-entropy in FP32."""
-        assert self.norm is not None and self.head is not None
-        logits_TV = self.head(self.norm(x_BSD)).flatten(0, 1)
-        return F.cross_entropy(logits_TV.float(), targets_BS.flatten(), reduction="sum")
+    def blocks(self) -> Iterator[tuple[int, Block]]:
+        """The same, and the multi-token-prediction module's block as the layer after the last."""
+        yield from self.main_blocks()
+        if self.mtp is not None:
+            yield self.config.num_hidden_layers, self.mtp.block
+
+    def cross_entropy(self, features_BSD: Tensor, targets_BS: Tensor) -> Tensor:
+        """Head, and the summed cross-entropy in FP32. Targets of ``model.mtp.NO_TARGET`` count for nothing."""
+        assert self.head is not None
+        logits_TV = self.head(features_BSD).flatten(0, 1)
+        return F.cross_entropy(logits_TV.float(), targets_BS.flatten(), ignore_index=NO_TARGET, reduction="sum")
+
+    def embed_next(self, targets_BS: Tensor) -> Tensor:
+        """The embeddings of the next tokens, which are the targets; in a sequence of padding it is any token."""
+        assert self.embed is not None
+        next_BSD: Tensor = self.embed(targets_BS.clamp_min(0))
+        return next_BSD
+
+    def leave_layers(self, targets_BS: Tensor, x_BSD: Tensor, next_BSD: Tensor | None = None) -> tuple[Tensor, ...]:
+        """What follows the last layer: (summed cross-entropy,), and given the embeddings of the next tokens also what
+        enters the multi-token-prediction module's block."""
+        assert self.norm is not None
+        features_BSD = self.norm(x_BSD)
+        cross_entropy = self.cross_entropy(features_BSD, targets_BS)
+        if next_BSD is None:
+            return (cross_entropy,)
+        assert self.mtp is not None
+        return cross_entropy, self.mtp.enter(features_BSD, next_BSD)
+
+    def leave_mtp(self, targets_BS: Tensor, document_start: int | None, x_BSD: Tensor) -> Tensor:
+        """What follows the multi-token-prediction module's block: its summed cross-entropy. ``document_start`` as for
+        ``positions``."""
+        assert self.mtp is not None
+        return self.cross_entropy(self.mtp.norm(x_BSD), targets_after(targets_BS, document_start))
 
     def forward(
         self,
@@ -95,11 +135,17 @@ class Transformer(nn.Module):
         x_BSD = self.embed(tokens_BS)
         positions = self.positions(tokens_BS, x_BSD, document_start)
         balance = torch.zeros((), device=x_BSD.device)
-        for _, block in self.blocks():
+        for _, block in self.main_blocks():
             x_BSD, layer_balance = block(x_BSD, positions, exchange)
             if layer_balance is not None:
                 balance = balance + layer_balance
-        return Loss(self.cross_entropy(x_BSD, targets_BS), balance)
+        if self.mtp is None:
+            (cross_entropy,) = self.leave_layers(targets_BS, x_BSD)
+            return Loss(cross_entropy, balance, torch.zeros_like(balance))
+        cross_entropy, x_BSD = self.leave_layers(targets_BS, x_BSD, self.embed_next(targets_BS))
+        x_BSD, mtp_balance = self.mtp.block(x_BSD, positions, exchange)
+        assert mtp_balance is not None
+        return Loss(cross_entropy, balance + mtp_balance, self.leave_mtp(targets_BS, document_start, x_BSD))
 
 
 def expert_parameters(model: nn.Module) -> set[nn.Parameter]:

@@ -44,6 +44,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
+from model.router import Router
 from model.transformer import Transformer
 from parallel import manifest
 from parallel.manifest import MANIFEST, Entry
@@ -96,10 +97,9 @@ def pieces(worker: Worker, rng: Tensor, loading: bool) -> list[Piece]:
             for kind, flat in (("master", bucket.master), ("first_moment", first), ("second_moment", second)):
                 found.append(Piece(f"{kind}.{s.name}", flat[s.start : s.start + s.numel], s.offset, s.total))
     for held in worker.held.values():
-        for layer, block in held.stage.model.blocks():
-            if block.router is not None and (loading or held.counts):
-                bias_E = block.router.bias_E
-                found.append(Piece(f"bias.layers.{layer}", bias_E, 0, bias_E.numel()))
+        for name, module in held.stage.model.named_modules():
+            if isinstance(module, Router) and (loading or held.counts):
+                found.append(Piece(f"bias.{name.removesuffix('.router')}", module.bias_E, 0, module.bias_E.numel()))
     return found
 
 
@@ -206,10 +206,9 @@ def load(path: Path, worker: Worker) -> Progress:
         raise CheckpointError(f"checkpoint {path} cannot be read: {_cause(error)}") from error
     torch.set_rng_state(rng)
     worker.optimizer.steps = progress.step
-    for held in worker.held.values():
-        for bucket in held.buckets:
-            bucket.publish()
-            bucket.gather()
+    for bucket in worker.optimizer.buckets:
+        bucket.publish()
+        bucket.gather()
     return progress
 
 

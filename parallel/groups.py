@@ -10,11 +10,13 @@ from parallel.mesh import Layout
 class Groups:
     """Process groups by their ranks. Collective: every rank of the world makes all of them, in the same order.
 
-    ``hierarchical``: those of its dispatch's hops too. ``of`` gives None for a group of one, which has nobody to talk
-    to.
+    ``hierarchical``: those of its dispatch's hops too; ``ends``: that of all who hold the first stage or the last.
+    ``of`` gives None for a group of one, which has nobody to talk to.
     """
 
-    def __init__(self, layout: Layout, routes: Iterable[Sequence[int]], hierarchical: bool = False) -> None:
+    def __init__(
+        self, layout: Layout, routes: Iterable[Sequence[int]], hierarchical: bool = False, ends: bool = False
+    ) -> None:
         stages = [set(positions) for positions in zip(*routes, strict=True)]
         ranks = range(layout.world_size)
         wanted = [layout.expert_group(rank) for rank in ranks[:: layout.expert]]
@@ -23,6 +25,8 @@ class Groups:
         for positions in stages:
             wanted.append(layout.dense_replicas(sorted(positions)))
             wanted += [layout.expert_replicas(sorted(positions), e) for e in range(layout.expert)]
+        if ends:
+            wanted.append(layout.dense_replicas(sorted(stages[0] | stages[-1])))
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         for members in wanted:
             if len(members) > 1 and tuple(members) not in self._groups:

@@ -1,8 +1,8 @@
 """Which layers make a stage: contiguous runs, balanced by what they cost.
 
-A stage's cost is its layers' plus, at the two ends, the embedding's (nothing to compute) and the head's. The cut
-minimises the most expensive stage, because in a pipeline everyone waits for it; among cuts with the same maximum the
-sum of squares decides, so that the rest is even too.
+A stage's cost is its layers' plus, at the two ends, the embedding's (nothing to compute) and the head's, with that of
+multi-token prediction. The cut minimises the most expensive stage, because in a pipeline everyone waits for it; among
+cuts with the same maximum the sum of squares decides, so that the rest is even too.
 """
 
 from functools import cache
@@ -29,6 +29,14 @@ def layer_cost(config: ModelConfig, layer: int) -> float:
     return attention + 3 * c.hidden_size * c.moe_intermediate_size * experts + c.hidden_size * c.n_routed_experts
 
 
+def end_cost(config: ModelConfig, modules: int) -> float:
+    """The same behind the last layer: the head, and of each multi-token-prediction module its projection, its block and
+    the head again."""
+    head = config.hidden_size * config.vocab_size
+    module = 2 * config.hidden_size**2 + layer_cost(config, config.num_hidden_layers) + head
+    return head + modules * module
+
+
 def partition(config: ModelConfig, stages: int) -> list[range]:
     """The layers of each stage, in order; every stage has at least one.
 
@@ -38,13 +46,13 @@ def partition(config: ModelConfig, stages: int) -> list[range]:
     if layers < stages:
         raise ValueError(f"model.num_hidden_layers={layers} must be at least the number of stages ({stages})")
     costs = [layer_cost(config, layer) for layer in range(layers)]
-    head = config.hidden_size * config.vocab_size
+    end_of_model = end_cost(config, config.num_nextn_predict_layers)
 
     @cache
     def best(first: int, left: int) -> tuple[float, float, int]:
         """(largest stage, sum of squares, end of the first stage) for layers ``first``.. in ``left`` stages."""
         if left == 1:
-            cost = sum(costs[first:]) + head
+            cost = sum(costs[first:]) + end_of_model
             return cost, cost * cost, layers
         options = []
         for end in range(first + 1, layers - left + 2):

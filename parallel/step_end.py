@@ -35,13 +35,14 @@ class HeldStage:
 
 @dataclass(frozen=True)
 class StepSums:
-    """What all ranks know after STEP. ``cross_entropy`` and ``balance`` are sums over the step (nats; balance without
-    alpha); ``expert_load``: the busiest expert's load over the mean, by MoE layer; ``traffic``: bytes of all
-    ranks; ``times``: the mean rank's; ``stop``: some rank asked to stop.
+    """What all ranks know after STEP. ``cross_entropy``, ``balance`` and ``mtp`` are sums over the step, as in
+    ``model.transformer.Loss``; ``expert_load``: the busiest expert's load over the mean, by MoE layer; ``traffic``:
+    bytes of all ranks; ``times``: the mean rank's; ``stop``: some rank asked to stop.
     """
 
     cross_entropy: float
     balance: float
+    mtp: float
     grad_norm: float
     expert_load: dict[int, float]
     traffic: Traffic
@@ -63,7 +64,12 @@ class ShardOptimizer(Protocol):
 
 
 class StepEnd:
-    """Runs the end of a step. ``begin`` before each program; ``sums`` after it."""
+    """Runs the end of a step. ``begin`` before each program; ``sums`` after it. ``layers``: of the model, with those of
+    multi-token prediction; ``ends``: the bucket that first and last stage share, if there is one.
+
+    That bucket's gradients are whole once all of the rank's stages are, so it is reduced after the last of them, and
+    gathered so: it is behind everything else on every rank that has it, and no two wait for each other crosswise.
+    """
 
     sums: StepSums
 
@@ -75,17 +81,18 @@ class StepEnd:
         clip_norm: float,
         traffic: Traffic,
         stream: CommStream,
+        ends: Bucket | None = None,
     ) -> None:
         self.held, self.optimizer, self.layers, self.clip_norm = held, optimizer, layers, clip_norm
-        self.traffic, self.stream = traffic, stream
+        self.traffic, self.stream, self.ends = traffic, stream, ends
 
     def begin(self, learning_rate: float, bias_update_speed: float, stop: bool) -> None:
         self._learning_rate, self._bias_update_speed, self._stop = learning_rate, bias_update_speed, stop
         self.traffic.clear()
         self.stream.clear()
-        for held in self.held.values():
-            for bucket in held.buckets:
-                bucket.gradients.zero_()
+        self._unreduced, self._ungathered = set(self.held), set(self.held)
+        for bucket in self.optimizer.buckets:
+            bucket.gradients.zero_()
 
     def reduce(self, stage: int) -> None:
         held = self.held[stage]
@@ -95,11 +102,14 @@ class StepEnd:
             held.loads_LE = torch.stack(list(held.stage.loads.values()))
             if held.replicas is not None:
                 held.reducing = dist.all_reduce(held.loads_LE, group=held.replicas, async_op=True)
+        self._unreduced.remove(stage)
+        if self.ends is not None and not self._unreduced:
+            self.ends.reduce()
 
     def step(self) -> None:
+        for bucket in self.optimizer.buckets:
+            bucket.reduced()
         for held in self.held.values():
-            for bucket in held.buckets:
-                bucket.reduced()
             if held.reducing is not None:
                 held.reducing.wait()
         self.sums = self._sums()
@@ -111,6 +121,9 @@ class StepEnd:
     def gather(self, stage: int) -> None:
         for bucket in self.held[stage].buckets:
             bucket.gather()
+        self._ungathered.remove(stage)
+        if self.ends is not None and not self._ungathered:
+            self.ends.gather()
 
     def _update_biases(self) -> None:
         for held in self.held.values():
@@ -123,26 +136,27 @@ class StepEnd:
         """One all-reduce for everything that the ranks must agree on. In FP64: with some thousand ranks the order of
         an FP32 sum would show in the reported loss."""
         stages = [held.stage for held in self.held.values()]
-        vector = torch.zeros(8 + self.layers, dtype=torch.float64, device=stages[0].device)
+        vector = torch.zeros(9 + self.layers, dtype=torch.float64, device=stages[0].device)
+        for bucket in self.optimizer.buckets:
+            vector[0] += squared_norm(bucket.gradient)
         for held in self.held.values():
-            for bucket in held.buckets:
-                vector[0] += squared_norm(bucket.gradient)
             vector[1] += held.stage.cross_entropy
             vector[2] += held.stage.balance
+            vector[3] += held.stage.mtp
             if held.counts:
                 for layer, load_E in held.loads().items():
-                    vector[8 + layer] = load_E.max() / load_E.double().mean()
+                    vector[9 + layer] = load_E.max() / load_E.double().mean()
         own, times = self.traffic, self.stream.times()
-        vector[3:6] = vector.new_tensor([self._stop, own.inside_bytes, own.between_bytes])
-        vector[6:8] = vector.new_tensor([times.communication_s, times.exposed_s])
+        vector[4:7] = vector.new_tensor([self._stop, own.inside_bytes, own.between_bytes])
+        vector[7:9] = vector.new_tensor([times.communication_s, times.exposed_s])
         ranks = 1
         if dist.is_initialized():
             dist.all_reduce(vector)
             ranks = dist.get_world_size()
-        squares, cross_entropy, balance, stop, inside, between, flying_s, exposed_s, *loads = vector.tolist()
+        squares, cross_entropy, balance, mtp, stop, inside, between, flying_s, exposed_s, *loads = vector.tolist()
         by_layer = {layer: load for layer, load in enumerate(loads) if load > 0}
         traffic, times = Traffic(int(inside), int(between)), Times(flying_s / ranks, exposed_s / ranks)
-        return StepSums(cross_entropy, balance, squares**0.5, by_layer, traffic, times, stop > 0)
+        return StepSums(cross_entropy, balance, mtp, squares**0.5, by_layer, traffic, times, stop > 0)
 
 
 def squared_norm(gradient: Tensor) -> Tensor:

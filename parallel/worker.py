@@ -73,13 +73,15 @@ class Job:
 @dataclass(frozen=True)
 class StepResult:
     """One training step. ``loss`` is the mean over target tokens of the cross-entropy (nats) plus the weighted balance
-    loss; ``expert_load``: busiest over mean, by MoE layer; ``traffic`` and ``times``: of all dispatches and combines,
-    bytes summed over the ranks, seconds of the mean rank; ``peak_activations`` are this rank's own, and so are
-    ``spans``, what it executed and when, if that was recorded."""
+    loss; ``mtp_loss``, which is no part of it, the same mean of the multi-token-prediction module's cross-entropy, None
+    without one; ``expert_load``: busiest over mean, by MoE layer; ``traffic`` and ``times``: of all dispatches and
+    combines, bytes summed over the ranks, seconds of the mean rank; ``peak_activations`` are this rank's own, and so
+    are ``spans``, what it executed and when, if that was recorded."""
 
     loss: float
     cross_entropy: float
     balance_loss: float
+    mtp_loss: float | None
     grad_norm: float
     expert_load: dict[int, float]
     traffic: Traffic
@@ -109,16 +111,21 @@ class Worker:
         self._ramp: Program | None = None
         self.products = None if job.fp8 is None else choose(job.fp8, job.device)
         self.traffic, self.stream = Traffic(), comm_stream(job.device)
-        self.groups = Groups(layout, self.program.routes, job.dispatch == "hierarchical")
-        self.held = {stage: self._hold(stage) for stage in sorted(self.program.stages_of(self.position))}
+        modules = job.model.num_nextn_predict_layers
+        self.groups = Groups(layout, self.program.routes, job.dispatch == "hierarchical", ends=modules > 0)
+        models = self._models()
+        self.ends = self._share_ends(models) if modules else None
+        self.held = {stage: self._hold(stage, model) for stage, model in models.items()}
         buckets = [bucket for held in self.held.values() for bucket in held.buckets]
+        if self.ends is not None:
+            buckets.append(self.ends)
         self.optimizer: ShardOptimizer = (
             DeepSpeedAdamW(job.optimizer, buckets)
             if job.optimizer.backend == "deepspeed"
             else AdamW(job.optimizer, buckets)
         )
-        layers, clip_norm = job.model.num_hidden_layers, job.optimizer.clip_norm
-        self.end = StepEnd(self.held, self.optimizer, layers, clip_norm, self.traffic, self.stream)
+        layers, clip_norm = job.model.num_hidden_layers + modules, job.optimizer.clip_norm
+        self.end = StepEnd(self.held, self.optimizer, layers, clip_norm, self.traffic, self.stream, self.ends)
         self._evaluation: dict[int, Program] = {}
         like = torch.empty(
             job.micro_batch_size, job.sequence_length, job.model.hidden_size, dtype=job.dtype, device=job.device
@@ -165,6 +172,7 @@ class Worker:
             cross_entropy + balance,
             cross_entropy,
             balance,
+            sums.mtp / scale.tokens if job.model.num_nextn_predict_layers else None,
             sums.grad_norm,
             sums.expert_load,
             sums.traffic,
@@ -216,22 +224,47 @@ class Worker:
         stages = {stage: held.stage for stage, held in self.held.items()}
         return Interpreter(program, self.position, stages, self.transport, end, record).run()
 
-    def _hold(self, stage: int) -> HeldStage:
-        job, layout = self.job, self.job.layout
-        config = job.model
-        each = config.n_routed_experts // layout.expert
-        first = layout.expert_index(self.rank) * each
-        layers = partition(config, self.program.stages)[stage]
-        with torch.device(job.device):
-            model = Transformer(config, layers, range(first, first + each))
-        initialise(model, job.seed)
+    @property
+    def _experts(self) -> int:
+        """Routed experts of each layer that this rank holds."""
+        return self.job.model.n_routed_experts // self.job.layout.expert
 
+    def _models(self) -> dict[int, Transformer]:
+        """The slices of the model that this rank holds, by stage, with their initial values. If both the first and the
+        last one need the embedding, they share it."""
+        job, each = self.job, self._experts
+        first = job.layout.expert_index(self.rank) * each
+        cut = partition(job.model, self.program.stages)
+        models: dict[int, Transformer] = {}
+        for stage in sorted(self.program.stages_of(self.position)):
+            shared = models[0].embed if stage == len(cut) - 1 and 0 in models else None
+            with torch.device(job.device):
+                model = Transformer(job.model, cut[stage], range(first, first + each), shared)
+            initialise(model, job.seed)
+            models[stage] = model
+        return models
+
+    def _share_ends(self, models: Mapping[int, Transformer]) -> Bucket | None:
+        """The embedding, which the first stage and multi-token prediction in the last one use: a bucket of its own,
+        whose replicas are the ranks of both. None on a rank that has neither."""
+        embeds = [model.embed for model in models.values() if model.embed is not None]
+        if not embeds:
+            return None
+        positions = [route[end] for route in self.program.routes for end in (0, -1)]
+        weight = embeds[0].weight
+        group = self.groups.of(self.job.layout.dense_replicas(positions))
+        return Bucket([("embed.weight", weight, 0, weight.numel())], group, self.job.dtype)
+
+    def _hold(self, stage: int, model: Transformer) -> HeldStage:
+        job, layout = self.job, self.job.layout
         positions = [route[stage] for route in self.program.routes]
         replicas = layout.dense_replicas(positions)
         dense, routed = [], []
         split = expert_parameters(model)
         for name, parameter in model.named_parameters():
             count = parameter.numel()
+            if self.ends is not None and parameter in self.ends.buffers:
+                continue
             if parameter in split:
                 routed.append((name, parameter, layout.expert_index(self.rank) * count, count * layout.expert))
             else:
@@ -240,12 +273,13 @@ class Worker:
         if routed:
             group = self.groups.of(layout.expert_replicas(positions, layout.expert_index(self.rank)))
             buckets.append(Bucket(routed, group, job.dtype))
-        gradients = WeightGradients({p: g for bucket in buckets for p, g in bucket.buffers.items()})
+        shared = [] if self.ends is None else [self.ends]
+        gradients = WeightGradients({p: g for bucket in buckets + shared for p, g in bucket.buffers.items()})
         own(model, gradients)
         if self.products is not None:
             set_precision(model, self.products.gemm)
 
-        held = ModelStage(model, gradients, self._exchange(each), job.device, job.document_start)
+        held = ModelStage(model, gradients, self._exchange(self._experts), job.device, job.document_start)
         return HeldStage(held, buckets, self.groups.of(replicas), counts=self.rank == replicas[0])
 
     def _exchange(self, experts: int) -> Exchange:

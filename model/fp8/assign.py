@@ -5,6 +5,7 @@ dense and shared MLPs          FP8
 routed experts                 FP8            power-of-two scales for what is dispatched: the input of gate_up,
                                               and the gradient that comes to down
 gate, output head              as they were   beside embedding, norms and the attention core, which have no Linear
+eh_proj of the MTP module      as it was      like the released weights, which have no scales for it
 """
 
 from torch import nn
@@ -16,6 +17,7 @@ from model.fp8.linear import Fp8Products, Recipe
 from model.fp8.quantise import Scale
 from model.linear import GroupedLinear, Linear
 from model.mlp import MLP, Experts
+from model.mtp import MTP
 from model.router import Router
 from model.transformer import Transformer
 
@@ -29,6 +31,7 @@ _LAYERS: dict[type[nn.Module], dict[str, Recipe | None]] = {
     MLP: {"gate_up": PLAIN, "down": PLAIN},
     Experts: {"gate_up": DISPATCHED, "down": COMBINED},
     Router: {"centroids": None},
+    MTP: {"eh_proj": None},
     Transformer: {"head": None},
 }
 """The linear layers of each kind of module; None stays in the dtype of its input."""

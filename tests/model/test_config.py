@@ -36,6 +36,8 @@ def test_a_size_is_at_least_one(key: str, value: int) -> None:
         ({"initializer_range": 0.0}, r"model\.initializer_range"),
         ({"bias_update_speed": -0.1}, r"model\.bias_update_speed"),
         ({"balance_loss_alpha": -0.1}, r"model\.balance_loss_alpha"),
+        ({"mtp_loss_weight": -0.1}, r"^model\.mtp_loss_weight=-0\.1 must not be negative"),
+        ({"num_nextn_predict_layers": 2}, r"^model\.num_nextn_predict_layers=2 must be 0 or 1"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(changes: dict[str, Any], message: str) -> None:

@@ -29,6 +29,16 @@ def test_deepseek_v3_has_671_billion_of_which_a_token_uses_37() -> None:
     assert str(found) == "671.0B parameters, 36.6B of them active for a token"
 
 
+def test_deepseek_v3s_multi_token_prediction_counts_beside_the_671_billion() -> None:
+    found, without = size(ModelConfig(num_nextn_predict_layers=1)), size(ModelConfig())
+    assert (found.total, found.active) == (without.total, without.active)
+    # Without the embedding and the head, which are the main model's, and of which the released files hold copies.
+    assert round(found.mtp / 1e8) == 116
+    block = size(ModelConfig(num_hidden_layers=62)).total - without.total
+    assert found.mtp == block + 2 * 7168 * 7168 + 3 * 7168
+    assert str(found).endswith("; 11.6B more for multi-token prediction")
+
+
 def test_deepseek_v2_lite_has_15_7_billion() -> None:
     assert size(V2_LITE).total == 15_706_484_224 + 26 * 64  # as published, and our biases
 

@@ -56,8 +56,10 @@ JOB = Job(
     micro_batch_size=1,
     optimizer=OptimizerConfig(learning_rate=1e-3, clip_norm=0.05),
 )
-SHORT = replace(JOB, model=replace(MODEL, num_hidden_layers=8), global_batch_size=8)
-"""As few layers and micro-batches as let every schedule run on four ranks."""
+SHORT = replace(
+    JOB, model=replace(MODEL, num_hidden_layers=8, num_nextn_predict_layers=1, mtp_loss_weight=0.7), global_batch_size=8
+)
+"""As few layers and micro-batches as let every schedule run on four ranks, and multi-token prediction."""
 FP8 = replace(JOB, dtype=torch.bfloat16, fp8="emulated", global_batch_size=16)
 STARVED = 5
 """An expert whose bias keeps every token away."""
@@ -80,9 +82,9 @@ def starve(model: Transformer) -> None:
             block.router.bias_E[STARVED] = -10.0
 
 
-def reference(job: Job, steps: int) -> tuple[list[float], list[float], float]:
+def reference(job: Job, steps: int) -> tuple[list[float], list[float], float, list[float]]:
     """The model's own forward, torch's autograd, torch's clipping and AdamW: (losses, gradient norms, summed
-    cross-entropy of the batch after the last step)."""
+    cross-entropy of the batch after the last step, losses of multi-token prediction)."""
     torch.manual_seed(0)
     model = Transformer(job.model)
     initialise(model, job.seed)
@@ -107,13 +109,14 @@ def reference(job: Job, steps: int) -> tuple[list[float], list[float], float]:
     for layer, block in model.blocks():
         if block.router is not None:
             block.router.register_forward_hook(count(layer))
-    losses, norms = [], []
+    losses, norms, further = [], [], []
     for step in range(steps):
         tokens = batch(job, step)[: sequences(job, step)]
         sums = model(tokens[:, :-1], tokens[:, 1:])
         loss = sums.cross_entropy / tokens[:, 1:].numel() + job.model.balance_loss_alpha * sums.balance / len(tokens)
+        mtp_loss = sums.mtp / tokens[:, 1:].numel()
         optimizer.zero_grad()
-        loss.backward()
+        (loss + job.model.mtp_loss_weight * mtp_loss).backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip_norm).item())
         optimizer.step()
         for layer, block in model.blocks():
@@ -121,9 +124,10 @@ def reference(job: Job, steps: int) -> tuple[list[float], list[float], float]:
                 assert loads[layer][STARVED] == 0
                 block.router.update_bias(loads[layer], job.model.bias_update_speed)
         losses.append(loss.item())
+        further.append(mtp_loss.item())
     with torch.no_grad():
         tokens = batch(job, steps)
-        return losses, norms, model(tokens[:, :-1], tokens[:, 1:]).cross_entropy.item()
+        return losses, norms, model(tokens[:, :-1], tokens[:, 1:]).cross_entropy.item(), further
 
 
 def train(rank: int, layout: Layout, dispatch: str) -> tuple[list[float], list[float], int]:
@@ -168,14 +172,14 @@ def test_fp8_follows_the_single_process_and_does_not_mind_how_rows_travel() -> N
 
 
 def parity(layout: Layout, dispatch: str) -> None:
-    losses, norms, _ = reference(JOB, STEPS)
+    losses, norms, _, _ = reference(JOB, STEPS)
     assert min(norms) > JOB.optimizer.clip_norm, "clipping must be active"
     for got_losses, got_norms, _ in run_ranks(train, layout.world_size, layout, dispatch):
         assert got_losses == pytest.approx(losses, rel=1e-5)
         assert got_norms == pytest.approx(norms, rel=1e-5)
 
 
-def train_each(rank: int, jobs: Sequence[Job]) -> list[tuple[list[float], list[float], float]]:
+def train_each(rank: int, jobs: Sequence[Job]) -> list[tuple[list[float], list[float], float, list[float | None]]]:
     """Two steps and an evaluation of each job; on the way, what was executed is compared with the program, and what
     was held with the simulation."""
     results = []
@@ -197,7 +201,8 @@ def train_each(rank: int, jobs: Sequence[Job]) -> list[tuple[list[float], list[f
         times = [began, *(time for span in recorded.spans for time in (span.start, span.end)), ended]
         assert times == sorted(times)
         evaluation = worker.evaluate(batches[2], SHORT.global_batch_size)
-        results.append(([plain.loss, recorded.loss], [plain.grad_norm, recorded.grad_norm], evaluation))
+        losses, norms = [plain.loss, recorded.loss], [plain.grad_norm, recorded.grad_norm]
+        results.append((losses, norms, evaluation, [plain.mtp_loss, recorded.mtp_loss]))
     return results
 
 
@@ -219,12 +224,13 @@ def test_every_schedule_a_program_from_a_file_and_a_searched_one_train_alike(lay
     found = search(layout.pipeline, microbatches, Costs(1.0, 1.0, 1.0, overlapped=2.5), budget=Budget(orders=50))
     for program in (load(tmp_path / "program.txt"), found.program):
         jobs.append(replace(SHORT, layout=layout, schedule="", program=program))
-    losses, norms, evaluation = reference(SHORT, 2)
+    losses, norms, evaluation, further = reference(SHORT, 2)
     for results in run_ranks(train_each, layout.world_size, jobs):
-        for got_losses, got_norms, got_evaluation in results:
+        for got_losses, got_norms, got_evaluation, got_further in results:
             assert got_losses == pytest.approx(losses, rel=1e-5)
             assert got_norms == pytest.approx(norms, rel=1e-5)
             assert got_evaluation == pytest.approx(evaluation, rel=1e-5)
+            assert got_further == pytest.approx(further, rel=1e-5)
 
 
 def test_more_chunks_and_a_program_for_other_sizes(tmp_path: Path) -> None:

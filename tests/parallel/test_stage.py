@@ -30,6 +30,7 @@ VARIANTS = {
     "no shared expert": {"n_shared_experts": 0},
     "no query latent": {"q_lora_rank": None},
     "raw gate values": {"norm_topk_prob": False},
+    "multi-token prediction": {"num_nextn_predict_layers": 1},
 }
 
 
@@ -42,14 +43,15 @@ def batch(config: ModelConfig, seed: int = 0) -> dict[int, Tensor]:
 def staged(
     config: ModelConfig, cuts: Sequence[int] = (), dtype: torch.dtype = torch.float32
 ) -> tuple[list[ModelStage], dict[str, Tensor]]:
-    """The model as stages that end before the layers ``cuts``, and its gradient buffers by name."""
+    """The model as stages that end before the layers ``cuts``, and its gradient buffers by name: one for copies too."""
     ends = [*cuts, config.num_hidden_layers]
-    stages, buffers = [], {}
+    stages: list[ModelStage] = []
+    buffers: dict[str, Tensor] = {}
     for first, last in zip([0, *cuts], ends, strict=True):
         model = Transformer(config, range(first, last))
         initialise(model, 1)
         model.to(dtype)
-        here = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
+        here = {name: buffers.get(name, torch.zeros(p.shape)) for name, p in model.named_parameters()}
         gradients = WeightGradients({p: here[name] for name, p in model.named_parameters()})
         own(model, gradients)
         stages.append(ModelStage(model, gradients, LocalExchange(config.n_routed_experts), CPU))
@@ -103,8 +105,8 @@ def reference(
     cross_entropy = balance = 0.0
     for batch in tokens.values():
         sums = model(batch[:, :-1], batch[:, 1:])
-        loss = sums.cross_entropy / SCALE.tokens + config.balance_loss_alpha * sums.balance / SCALE.sequences
-        loss.backward()
+        loss = (sums.cross_entropy + config.mtp_loss_weight * sums.mtp) / SCALE.tokens
+        (loss + config.balance_loss_alpha * sums.balance / SCALE.sequences).backward()
         cross_entropy += sums.cross_entropy.item()
         balance += sums.balance.item()
     return cross_entropy, balance, {name: p.grad for name, p in model.named_parameters()}
@@ -185,7 +187,7 @@ def test_loads_count_the_tokens_of_every_expert() -> None:
 
 
 def test_evaluation_gives_the_loss_and_counts_no_padding() -> None:
-    config = tiny()
+    config = tiny(num_nextn_predict_layers=1)
     tokens = batch(config)
     cross_entropy, _, _ = reference(config, tokens)
     tokens[MICROBATCHES] = torch.full((SEQUENCES, LENGTH + 1), PADDING)
@@ -254,7 +256,7 @@ def test_what_only_the_input_gradients_need_is_gone_before_w() -> None:
 @pytest.mark.parametrize("cuts", [(1,), (2,), (1, 2)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_a_pair_is_bitwise_a_forward_and_then_a_backward(cuts: tuple[int, ...], precision: str) -> None:
-    config = tiny(num_hidden_layers=4)
+    config = tiny(num_hidden_layers=4, num_nextn_predict_layers=1)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     tokens = batch(config)
 
@@ -283,7 +285,7 @@ def test_a_pair_is_bitwise_a_forward_and_then_a_backward(cuts: tuple[int, ...], 
         backward_input(stages, 1)
         for number, stage in enumerate(stages):
             stage.backward_weight(Work(number, 1))
-        sums = [s.cross_entropy.item() for s in stages] + [s.balance.item() for s in stages]
+        sums = [total.item() for s in stages for total in (s.cross_entropy, s.balance, s.mtp)]
         loads = {layer: load.tolist() for stage in stages for layer, load in stage.loads.items()}
         return [*found, *buffers.values()], sums, loads
 

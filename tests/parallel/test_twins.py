@@ -14,11 +14,16 @@ from parallel.bucket import Bucket
 from parallel.mesh import Layout
 from parallel.optimizer_config import OptimizerConfig
 from parallel.worker import Job, Worker
-from tests.parallel.test_parity import JOB, STEPS, batch, reference, starve
+from tests.parallel.test_parity import JOB as PLAIN
+from tests.parallel.test_parity import STEPS, batch, reference, starve
 from tests.ranks import run_ranks
 
 LAYOUT = Layout(4, 2, 2)
+JOB = replace(PLAIN, model=replace(PLAIN.model, num_nextn_predict_layers=1))
 BF16 = replace(JOB, dtype=torch.bfloat16, optimizer=OptimizerConfig(learning_rate=1e-3, moments="bf16"))
+APART = replace(BF16, schedule="1f1b")
+"""First and last stage on ranks of their own, each with a copy of the embedding."""
+EMBEDDING = "embed.weight"
 
 Held = dict[tuple[int, str, int], str]
 """What a rank holds: (stage, name, expert index or -1) -> digest of the values."""
@@ -84,7 +89,8 @@ BREAKAGES: dict[str, Callable[[], object]] = {
 
 
 def everything(rank: int) -> dict[str, Trained]:
-    results = {"untrained": train(rank, JOB, 0), "whole": train(rank, JOB, 20), "bf16": train(rank, BF16, 3)}
+    results = {"untrained": train(rank, JOB, 0), "whole": train(rank, JOB, 20)}
+    results |= {"bf16": train(rank, BF16, 3), "apart": train(rank, APART, 3)}
     for name, broken in BREAKAGES.items():
         with broken():
             results[name] = train(rank, JOB, 3)
@@ -127,6 +133,17 @@ def test_twins_and_data_replicas_are_the_same_bits(run: str, trained: list[dict[
     for (_, name, expert), digests in copies(held).items():
         assert len(digests) == (2 if expert >= 0 else 4), name
     assert {stage for stage, _, _ in copies(held)} == set(range(LAYOUT.pipeline))
+
+
+def test_the_embedding_of_first_and_last_stage_is_one_or_copies_of_the_same_bits(
+    trained: list[dict[str, Trained]],
+) -> None:
+    last = LAYOUT.pipeline - 1
+    for run, holders in (("bf16", [0, 1, 6, 7]), ("apart", [0, 1])):
+        first_stage = {rank: held[run][2].get((0, EMBEDDING, -1)) for rank, held in enumerate(trained)}
+        assert [rank for rank, digest in first_stage.items() if digest] == holders
+        last_stage = [held[run][2][last, EMBEDDING, -1] for held in (trained[6], trained[7])]
+        assert len({*last_stage, *(first_stage[rank] for rank in holders)}) == 1
 
 
 def test_every_copy_was_trained(trained: list[dict[str, Trained]]) -> None:
