@@ -7,6 +7,7 @@ cuts with the same maximum the sum of squares decides, so that the rest is even 
 
 from functools import cache
 from itertools import pairwise
+from math import inf
 
 from model.config import ModelConfig
 
@@ -48,20 +49,30 @@ def partition(config: ModelConfig, stages: int) -> list[range]:
     costs = [layer_cost(config, layer) for layer in range(layers)]
     end_of_model = end_cost(config, config.num_nextn_predict_layers)
 
+    def cost(first: int, end: int) -> float:
+        return sum(costs[first:end]) + (end_of_model if end == layers else 0)
+
     @cache
-    def best(first: int, left: int) -> tuple[float, float, int]:
-        """(largest stage, sum of squares, end of the first stage) for layers ``first``.. in ``left`` stages."""
+    def largest(first: int, left: int) -> float:
+        """The dearest of ``left`` stages for the layers from ``first`` on, at best."""
         if left == 1:
-            cost = sum(costs[first:]) + end_of_model
-            return cost, cost * cost, layers
-        options = []
-        for end in range(first + 1, layers - left + 2):
-            cost = sum(costs[first:end])
-            largest, squares, _ = best(end, left - 1)
-            options.append((max(cost, largest), squares + cost * cost, end))
+            return cost(first, layers)
+        return min(max(cost(first, end), largest(end, left - 1)) for end in range(first + 1, layers - left + 2))
+
+    # Only under the best maximum of the whole model can the rest be made even: a part's own best may be uneven.
+    limit = largest(0, stages)
+
+    @cache
+    def evenest(first: int, left: int) -> tuple[float, int]:
+        """(sum of squares, end of the first stage) of the same, with no stage above the limit."""
+        ends = range(first + 1, layers - left + 2) if left > 1 else (layers,)
+        options = [(inf, layers)]
+        for end in ends:
+            if (own := cost(first, end)) <= limit:
+                options.append((own * own + (evenest(end, left - 1)[0] if left > 1 else 0), end))
         return min(options)
 
     cuts = [0]
     for left in range(stages, 0, -1):
-        cuts.append(best(cuts[-1], left)[2])
+        cuts.append(evenest(cuts[-1], left)[1])
     return [range(a, b) for a, b in pairwise(cuts)]

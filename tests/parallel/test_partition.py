@@ -21,6 +21,7 @@ def cuts(draw: st.DrawFn) -> tuple[ModelConfig, int]:
         first_k_dense_replace=draw(st.integers(0, layers)),
         intermediate_size=draw(st.integers(1, 200)),
         vocab_size=draw(st.integers(1, 1000)),
+        num_nextn_predict_layers=draw(st.integers(0, 1)),
     )
     return config, draw(st.integers(1, layers))
 
@@ -28,10 +29,13 @@ def cuts(draw: st.DrawFn) -> tuple[ModelConfig, int]:
 def stage_costs(config: ModelConfig, stages: list[range]) -> list[float]:
     costs = [sum(layer_cost(config, layer) for layer in stage) for stage in stages]
     costs[-1] += config.hidden_size * config.vocab_size
+    if config.num_nextn_predict_layers:
+        costs[-1] += 2 * config.hidden_size**2 + layer_cost(config, config.num_hidden_layers)
+        costs[-1] += config.hidden_size * config.vocab_size
     return costs
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=200)
 @given(cuts())
 def test_the_best_of_all_cuts(cut: tuple[ModelConfig, int]) -> None:
     config, number = cut
