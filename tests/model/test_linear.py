@@ -131,7 +131,7 @@ def test_embedding(tokens: list[int], dtype: torch.dtype, seed: int) -> None:
 @pytest.mark.parametrize("kind", ["linear", "grouped"])
 def test_bf16_rounds_its_results_and_nothing_else(kind: str, widened: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # Both ways to multiply BF16: its operands widened to FP32, and as the device does it.
-    monkeypatch.setattr(model.linear, "_slow_bf16", lambda device_type, grouped: widened)
+    monkeypatch.setattr(model.linear, "_slow_bf16", lambda device_type: widened)
     for seed in range(10):
         module = Linear(16, 8) if kind == "linear" else GroupedLinear(3, 16, 8)
         layer = filled(module, seed).bfloat16()
@@ -143,6 +143,20 @@ def test_bf16_rounds_its_results_and_nothing_else(kind: str, widened: bool, monk
         assert_near(y, exact_y, BF16)
         assert_near(gx, exact_gx, BF16)
         assert_near(gw, exact_gw, 0 if widened else BF16)
+
+
+@settings(deadline=None)
+@given(rows_by_expert, seeds)
+def test_groups_that_are_filled_up_give_what_their_rows_alone_give(rows: list[int], seed: int) -> None:
+    layer = filled(GroupedLinear(len(rows), 16, 8), seed).bfloat16()
+    ends = torch.tensor(rows).cumsum(0).to(torch.int32)
+    x, gy = torch.randn(sum(rows), 16).bfloat16(), torch.randn(sum(rows), 8).bfloat16()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.linear, "_slow_bf16", lambda device_type: False)
+        patch.setattr(model.linear, "GROUP_ROWS", 4)
+        results = split(layer, x, gy, ends)
+    for got, exact in zip(results, plain(layer, x, gy, ends), strict=True):
+        assert_near(got, exact, BF16)
 
 
 @pytest.mark.parametrize("with_owner", [True, False])
