@@ -1,4 +1,4 @@
-"""What FP8 costs and saves here: quantisation, linear layers, a training step on a CPU, and bytes kept for backward.
+"""What FP8 costs and saves here: quantisation, linear layers, a training step on a CPU.
 
     python -m benchmarks.fp8 [--backend auto] [--rounds 7] [--json]
 
@@ -25,12 +25,11 @@ from torch import Tensor, nn
 from benchmarks.measure import median, take_turns
 from launch.config import Config, load
 from launch.rank import keep_memory
-from model.fp8.assign import AFTER_ATTENTION, PLAIN, set_precision
-from model.fp8.gemm import Choice, Emulated, PrecisionError, choose
-from model.fp8.linear import Fp8Products, Recipe
+from model.fp8.assign import PLAIN, set_precision
+from model.fp8.gemm import Choice, PrecisionError, choose
+from model.fp8.linear import Fp8Products
 from model.fp8.quantise import Scale, Tile, quantise
 from model.linear import Linear, WeightGradients, own
-from model.mlp import MLP
 from parallel.mesh import Layout
 from parallel.worker import Job, Worker
 
@@ -162,60 +161,12 @@ def training_step(bench: Bench, config: Config) -> dict[str, Any]:
     return {"tokens": len(tokens) * train.sequence_length, "ms": times, "fp8_over_bf16": times["fp8"] / times["bf16"]}
 
 
-def kept_bytes(config: Config) -> list[dict[str, Any]]:
-    """What autograd keeps for backward, bytes a token: measured on a CPU, and predicted from the widths."""
-    c = config.model
-    hidden, value, width = c.hidden_size, c.num_attention_heads * c.v_head_dim, c.intermediate_size
-    scale = 4 / 128  # bytes of the scales, for each number
-    cases: list[tuple[str, Callable[[], nn.Module], Recipe, int, float, float]] = [
-        ("a projection", partial(Linear, hidden, 8), PLAIN, hidden, 2 * hidden, hidden * (1 + scale)),
-        ("o, after attention", partial(Linear, value, 8), AFTER_ATTENTION, value, 2 * value, value * (1.5 + scale)),
-        # BF16 keeps the inputs of SwiGLU and its output, FP8 the inputs alone.
-        (
-            "dense MLP",
-            partial(MLP, hidden, width),
-            PLAIN,
-            hidden,
-            2 * (hidden + 3 * width),
-            (hidden + 2 * width) * (1 + scale),
-        ),
-    ]
-    rows = []
-    for name, make, recipe, inputs, bf16, fp8 in cases:
-        measured = {}
-        for precision in ("bf16", "fp8"):
-            module = make().to(torch.bfloat16)
-            own(module, WeightGradients({}))
-            if precision == "fp8":
-                for child in (m for m in module.modules() if isinstance(m, Linear)):
-                    child.products = Fp8Products(Emulated(), recipe)
-            measured[precision] = _kept_a_token(module, inputs)
-        rows.append({"layer": name, **measured, "predicted": {"bf16": bf16, "fp8": fp8}})
-    return rows
-
-
-def _kept_a_token(module: nn.Module, inputs: int, tokens: int = 128) -> float:
-    storages: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        kept = module(torch.randn(tokens, inputs, requires_grad=True, dtype=torch.bfloat16))
-    del kept
-    for parameter in module.parameters():
-        storages.pop(parameter.untyped_storage().data_ptr(), None)
-    return sum(storages.values()) / tokens
-
-
 def measure(bench: Bench, config: Config) -> dict[str, Any]:
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu, one thread, CPU time",
         "backend": str(bench.choice),
         "quantise": quantisation(bench),
         "linear": linear_layers(bench),
-        "kept": kept_bytes(config),
     }
     if bench.device.type == "cpu":
         result["step"] = training_step(bench, config)
@@ -240,12 +191,6 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
             f"{row['fp8_gemm_tflops']:.2f}",
         )
         table.add_row(row["layer"], ", ".join(map(str, row["shape"])), *figures)
-    console.print(table)
-    table = _table("kept for backward, bytes a token", "layer", "BF16", "predicted", "FP8", "predicted")
-    for row in result["kept"]:
-        predicted = row["predicted"]
-        figures = (row["bf16"], predicted["bf16"], row["fp8"], predicted["fp8"])
-        table.add_row(row["layer"], *(f"{value:,.0f}" for value in figures))
     console.print(table)
     if "step" in result:
         step = result["step"]
