@@ -21,6 +21,7 @@ import resource
 import statistics
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,12 +42,14 @@ TIMEOUT_S = 600
 
 @dataclass(frozen=True)
 class Usage:
-    """What steps cost: CPU seconds outside and inside the kernel, context switches, and the last step's loss."""
+    """What steps cost: CPU seconds outside and inside the kernel, context switches, the last step's loss, and the wall
+    seconds."""
 
     user_s: float
     system_s: float
     switches: int
     loss: float
+    wall_s: float
 
     @property
     def cpu_s(self) -> float:
@@ -73,7 +76,7 @@ class Group:
             self._processes.append(process)
 
     def steps(self, count: int) -> Usage:
-        """CPU time of ``count`` steps, a step, summed over the ranks of a copy."""
+        """CPU time of ``count`` steps, a step, summed over the ranks of a copy, and the wall time of a step."""
         each: list[Usage] = self._ask(("steps", count))
         share = count * self.copies
         return Usage(
@@ -81,6 +84,7 @@ class Group:
             sum(u.system_s for u in each) / share,
             sum(u.switches for u in each) // share,
             each[0].loss,
+            max(u.wall_s for u in each) / count,
         )
 
     def top_operators(self) -> str:
@@ -174,12 +178,13 @@ def _serve(pipe: Connection, config: Config, store: Path, rank: int) -> None:
             if what == "profile":
                 pipe.send((None, top_operators(step)))
                 continue
-            before = resource.getrusage(resource.RUSAGE_SELF)
+            start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
             losses = [step() for _ in range(steps)]
             after = resource.getrusage(resource.RUSAGE_SELF)
             switches = after.ru_nvcsw + after.ru_nivcsw - before.ru_nvcsw - before.ru_nivcsw
             user, system = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
-            pipe.send((None, Usage(user, system, switches, losses[-1])))
+            wall = time.perf_counter() - start
+            pipe.send((None, Usage(user, system, switches, losses[-1], wall)))
     except BaseException:
         pipe.send((traceback.format_exc(), None))
 

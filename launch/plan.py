@@ -5,11 +5,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import yaml
 
-from launch import plan_table
+from launch import plan_phases, plan_table
 from launch.command import Parser, UsageError, reported
 from launch.config import Config, ConfigError, load
 from launch.yaml_strict import DuplicateKeyError, load_yaml
@@ -30,13 +31,16 @@ what-if, KEY=VALUE,...:
   precision                   of products: {", ".join(PRECISIONS)}; otherwise the configuration's
   recompute                   {" or ".join(RECOMPUTES)}: keep everything, or make norms, MLA's up-projections and
                               SwiGLU's output again in backward, as DeepSeek-V3 does
-  mtp=1                       multi-token-prediction modules
+  mtp=1                       multi-token-prediction modules; otherwise the configuration's
   imbalance=1.1               rows of the busiest expert-parallel rank over the mean
 
 examples:
   dualpipe plan configs/deepseek-v3.yaml --what-if precision=fp8,recompute=selective,mtp=1
   dualpipe plan configs/deepseek-v3.yaml layout.expert=32 --what-if precision=fp8,recompute=selective,ib=25
-  dualpipe plan configs/deepseek-v3.yaml --search --what-if precision=fp8"""
+  dualpipe plan configs/deepseek-v3.yaml --search --what-if precision=fp8
+  dualpipe plan configs/deepseek-v3.yaml --phases configs/phases/deepseek-v3.yaml --what-if precision=fp8
+  dualpipe plan configs/tiny-cpu.yaml --calibrate here.yaml
+  dualpipe plan configs/tiny-cpu.yaml --cluster here.yaml"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> None:
         args = _parser().parse_intermixed_args(argv)
         try:
-            print(_search(args) if args.search else _plan(args))
+            if args.trace and not args.calibrate:
+                raise UsageError(f"--trace {args.trace} needs --calibrate FILE, the file that its rates go to")
+            kinds = ((args.calibrate, _calibrate), (args.phases, _phases), (args.search, _search))
+            answer = next((answer for wanted, answer in kinds if wanted), _plan)
+            if (text := answer(args)) is not None:
+                print(text)
         except ConfigError:
             raise
         except ValueError as error:  # hardware, workload and memory name their own keys
@@ -62,6 +71,24 @@ def _plan(args: argparse.Namespace) -> str:
     if args.html:
         _write(args.html, plan)
     return json.dumps(plan.to_json()) if args.json else plan_table.report(plan)
+
+
+def _calibrate(args: argparse.Namespace) -> str | None:
+    from launch.calibrate import calibrate, calibrate_from  # needs torch
+
+    for option in ("search", "json", "html"):
+        if getattr(args, option):
+            raise UsageError(f"--calibrate and --{option} exclude each other: what is measured is planned with later")
+    workload, cluster, _ = _inputs(args)
+    if args.trace:
+        return calibrate_from(Path(args.trace), cluster, Path(args.calibrate))
+    return calibrate(load(args.config, args.overrides), workload, cluster, Path(args.calibrate))
+
+
+def _phases(args: argparse.Namespace) -> str:
+    if args.html or args.search:
+        raise UsageError(f"--phases {args.phases} goes with neither --html nor --search: it is of one layout's hours")
+    return plan_phases.answer(args.phases, *_inputs(args), as_json=args.json)
 
 
 def _search(args: argparse.Namespace) -> str:
@@ -102,10 +129,11 @@ def _inputs(args: argparse.Namespace) -> tuple[Workload, Cluster, Run]:
     every = config.checkpoint.every or None
     # In steps of the full batch: a ramp takes more and shorter ones.
     steps = -(-config.values().batches.sequences_before(config.train.steps) // config.train.global_batch_size)
-    return _workload(config, wanted.workload), cluster, Run(steps, every, size(config.model).active)
+    return workload_of(config, wanted.workload), cluster, Run(steps, every, size(config.model).active)
 
 
-def _workload(config: Config, changes: Mapping[str, Any]) -> Workload:
+def workload_of(config: Config, changes: Mapping[str, Any] = MappingProxyType({})) -> Workload:
+    """What a configuration trains, with what ``--what-if`` changes of it."""
     workload = Workload(
         model=config.model,
         layout=config.layout,
@@ -116,6 +144,7 @@ def _workload(config: Config, changes: Mapping[str, Any]) -> Workload:
         precision=cast(Precision, changes.get("precision", config.precision.compute)),
         moment_bytes={"fp32": 4, "bf16": 2}[config.optimizer.moments],
         recompute=cast(Recompute, changes.get("recompute", "none")),
+        mtp=config.model.num_nextn_predict_layers,
     )
     return replace(workload, **{key: value for key, value in changes.items() if key in ("mtp", "imbalance")})
 
@@ -191,6 +220,13 @@ def _parser() -> Parser:
     )
     parser.add_argument("--what-if", action="append", default=[], metavar="KEY=VALUE,...", help="see below")
     parser.add_argument("--search", action="store_true", help="rank all layouts of these GPUs that fit in memory")
+    parser.add_argument("--phases", metavar="FILE", help="price a run of several phases, as configs/phases has them")
+    parser.add_argument(
+        "--calibrate", metavar="FILE", help="measure CONFIG's operations on this machine and write a cluster's file"
+    )
+    parser.add_argument(
+        "--trace", metavar="TRACE", help="with --calibrate: take the rates from a torch.profiler trace instead"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--html", metavar="FILE", help="write the timeline and every rank's activations as a page")
     return parser

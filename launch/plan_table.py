@@ -60,7 +60,7 @@ def ranking(found: Found) -> str:
             ]
         )
     summary = f"{found.tried} layouts, {len(found.candidates)} fit in memory, the best {len(found.plans)} simulated"
-    return "\n".join([_aligned(rows), "", summary])
+    return "\n".join([aligned(rows), "", summary])
 
 
 def _ranks(plan: Plan) -> str:
@@ -70,7 +70,7 @@ def _ranks(plan: Plan) -> str:
         layers = "+".join(str(len(plan.layers[stage])) for stage in stages)
         times = [f"{value:.3g}" for value in asdict(seconds).values()]
         rows.append([str(rank), layers, *times, f"{memory.total / 1e9:.4g}", f"{memory.activations / 1e9:.4g}"])
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _step(plan: Plan) -> list[str]:
@@ -107,6 +107,6 @@ def _assumed(plan: Plan) -> str:
     return ", ".join(named) or "nothing"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

@@ -9,9 +9,15 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
-KINDS = ("fp8", "fp8_grouped", "fp8_wgrad", "fp8_grouped_wgrad", "bf16", "bf16_wgrad", "fp32", "fp32_wgrad")
+KINDS = tuple(
+    f"{precision}{grouped}{wgrad}"
+    for precision in ("fp8", "bf16", "fp32")
+    for grouped in ("", "_grouped")
+    for wgrad in ("", "_wgrad")
+)
 """Shape classes of matrix products: format, whether grouped by expert, and weight gradients (summed over tokens)."""
 
 WHAT_IF = {"nvlink": "nvlink_gb_per_s", "ib": "ib_gb_per_s"}
@@ -51,10 +57,24 @@ class Cluster:
     memory_gb_per_s: float
     memory_efficiency: float
     """Fraction of the memory's rate that long, fused kernels reach: optimizer, loss."""
+    attn_forward_us: float
+    """What a phase takes whatever its sizes: the operators' own overhead, where it is not hidden behind a device."""
+    attn_backward_us: float
+    attn_weight_us: float
+    mlp_forward_us: float
+    mlp_backward_us: float
+    mlp_weight_us: float
+    end_us: float
+    """The same for a pass of the embedding or of the head."""
     ranks_per_node: float
+    cores_per_node: float
+    """Cores that the ranks of a node share, each of them one core's worth at a time; all other rates are then those of
+    one core while all are busy, and communication is work of theirs. 0: every rank has a device of its own."""
     nvlink_gb_per_s: float
     """Inside a node, both ways together, as vendors count it."""
     nvlink_efficiency: float
+    reduce_link: float
+    """Fraction of a link's rate that reductions and gatherings reach."""
     ib_gb_per_s: float
     """Between nodes, one way, for each GPU."""
     ib_efficiency: float
@@ -101,8 +121,9 @@ class Cluster:
                 raise ClusterError(f"cluster {self.name}: {key}={value:g} must be finite and above 0")
             if key.endswith(("_efficiency", "_memory", "_link", "_busy")) and value > 1:
                 raise ClusterError(f"cluster {self.name}: {key}={value:g} must be a fraction, at most 1")
-        if self.ranks_per_node != int(self.ranks_per_node):
-            raise ClusterError(f"cluster {self.name}: ranks_per_node={self.ranks_per_node:g} must be a whole number")
+        for key in ("ranks_per_node", "cores_per_node"):
+            if (value := getattr(self, key)) != int(value):
+                raise ClusterError(f"cluster {self.name}: {key}={value:g} must be a whole number")
         if self.communication_multiprocessors >= self.multiprocessors:
             raise ClusterError(
                 f"cluster {self.name}: communication_multiprocessors={self.communication_multiprocessors:g} must be "
@@ -112,6 +133,22 @@ class Cluster:
             if point.kind not in KINDS or min(point[1:4]) < 1 or not 0 < point.efficiency <= 1:
                 rule = f"must be [KIND, m, n, k, efficiency], KIND one of {', '.join(KINDS)}, efficiency a fraction"
                 raise ClusterError(f"cluster {self.name}: gemm point {list(point)} {rule}")
+
+    @cached_property
+    def _points(self) -> Mapping[str, list[Gemm]]:
+        """The measured products by kind."""
+        points: dict[str, list[Gemm]] = {}
+        for point in self.gemm:
+            points.setdefault(point.kind, []).append(point)
+        return points
+
+    def knows(self, kind: str) -> bool:
+        """Whether products of this kind were measured."""
+        return kind in self._points
+
+    @property
+    def shares_cores(self) -> bool:
+        return self.cores_per_node > 0
 
     @property
     def nvlink_one_way(self) -> float:
@@ -132,9 +169,7 @@ class Cluster:
         """Of a product, from the measured ones of its kind: the mean weighted with 1 / distance² in log2 of the three
         sizes, and a measured shape's own value. Raises ClusterError where the kind was never measured."""
         total = weight = 0.0
-        for point in self.gemm:
-            if point.kind != kind:
-                continue
+        for point in self._points.get(kind, ()):
             distance = sum(math.log2(a / b) ** 2 for a, b in zip((m, n, k), point[1:4], strict=True))
             if distance == 0:
                 return point.efficiency
@@ -148,7 +183,10 @@ _MAY_BE_ZERO = {
     "fp8_tflops",
     "fp32_tflops",
     "communication_multiprocessors",
+    "cores_per_node",
     "latency_us",
+    "end_us",
+    *(f"{phase}_{way}_us" for phase in ("attn", "mlp") for way in ("forward", "backward", "weight")),
     "detection_seconds",
     "restart_seconds",
     "checkpoint_seconds",

@@ -19,6 +19,18 @@ F, I, W = Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT  # noqa: E741, the n
 
 LayerCost = Mapping[Part, float]
 
+PHASES: Mapping[Part, str] = {
+    (Phase.ATTENTION, F): "attn_forward",
+    (Phase.ATTENTION, I): "attn_backward",
+    (Phase.ATTENTION, W): "attn_weight",
+    (Phase.MLP, F): "mlp_forward",
+    (Phase.MLP, I): "mlp_backward",
+    (Phase.MLP, W): "mlp_weight",
+}
+"""Phases that compute, by what the keys of a cluster that are about them begin with."""
+SMALL = [part for part in PHASES if part != (Phase.ATTENTION, W)]
+"""Those with small kernels beside their products."""
+
 
 class Matrix(NamedTuple):
     """A weight [outputs, inputs]; ``experts`` of them where rows are grouped by expert."""
@@ -72,31 +84,35 @@ class Operations:
     def _layer(self, moe: bool) -> LayerCost:
         attention = [(matrix, self.workload.tokens) for matrix in self.attention_matrices().values()]
         mlp = list(self._mlp_matrices(moe))
-        skip = {} if moe else {part: 0.0 for part in _COMMUNICATION}
-        return {
+        cost: dict[Part, float] = {
             (Phase.ATTENTION, F): sum(self.forward(*each) for each in attention)
             + self.core(F)
-            + (self._router(F) if moe else 0.0)
-            + self._small("attn_forward_memory", self._attention_bytes(F)),
+            + (self._router(F) if moe else 0.0),
             (Phase.ATTENTION, I): sum(self.backward_input(*each) for each in attention)
             + self._recomputed()
             + self.core(I)
-            + (self._router(I) + self._router(W) if moe else 0.0)
-            + self._small("attn_backward_memory", self._attention_bytes(I)),
+            + (self._router(I) + self._router(W) if moe else 0.0),
             (Phase.ATTENTION, W): sum(self.backward_weight(*each) for each in attention),
-            (Phase.MLP, F): sum(self.forward(*each) for each in mlp)
-            + self._small("mlp_forward_memory", self._mlp_bytes(F, moe)),
-            (Phase.MLP, I): sum(self.backward_input(*each) for each in mlp)
-            + self._small("mlp_backward_memory", self._mlp_bytes(I, moe)),
-            (Phase.MLP, W): sum(self.backward_weight(*each) for each in mlp)
-            + self._small("mlp_weight_memory", self._mlp_bytes(W, moe)),
-            **(skip or {part: self.exchange(part) for part in _COMMUNICATION}),
+            (Phase.MLP, F): sum(self.forward(*each) for each in mlp),
+            (Phase.MLP, I): sum(self.backward_input(*each) for each in mlp),
+            (Phase.MLP, W): sum(self.backward_weight(*each) for each in mlp),
+            **{part: self.exchange(part) if moe else 0.0 for part in _COMMUNICATION},
         }
+        for part, name in PHASES.items():
+            cost[part] += getattr(self.cluster, f"{name}_us") * 1e-6
+            if part in SMALL:
+                cost[part] += self._small(f"{name}_memory", self.small_bytes(part, moe))
+        if self.cluster.shares_cores:  # a core that moves bytes computes nothing meanwhile
+            for phase, op in _COMMUNICATION:
+                cost[Phase.MLP, op] += cost[phase, op]
+                cost[phase, op] = 0.0
+        return cost
 
     def embedding(self) -> EndCost:
         """A look-up, and a sum into FP32 rows."""
         size, width = self.workload.tokens * self.workload.model.hidden_size, self.workload.activation_width
-        return EndCost(self._long(2 * width * size), self._long((width + 8) * size), 0.0)
+        fixed = self.cluster.end_us * 1e-6
+        return EndCost(self._long(2 * width * size) + fixed, self._long((width + 8) * size) + fixed, 0.0)
 
     def head(self) -> EndCost:
         """Final norm and output head in BF16, cross-entropy on FP32 logits: made, their softmax kept; in backward the
@@ -105,12 +121,19 @@ class Operations:
         width = w.activation_width
         kind = "fp32" if w.precision == "fp32" else "bf16"
         logits = w.tokens * c.vocab_size
-        small = self._long(2 * width * w.tokens * c.hidden_size)
+        small = self._long(2 * width * w.tokens * c.hidden_size) + self.cluster.end_us * 1e-6
         return EndCost(
             self._product(kind, w.tokens, c.vocab_size, c.hidden_size) + self._long(logits * (width + 12)) + small,
             self._product(kind, w.tokens, c.hidden_size, c.vocab_size) + self._long(logits * (width + 12)) + small,
             self._product(f"{kind}_wgrad", c.vocab_size, c.hidden_size, w.tokens),
         )
+
+    def message(self) -> EndCost:
+        """What receiving and sending pipeline messages costs a core that has to do it itself."""
+        w = self.workload
+        size = w.tokens * w.model.hidden_size * w.activation_width
+        each = size / self.cluster.nvlink_one_way + self.cluster.latency_us * 1e-6
+        return EndCost(each, each)
 
     def mtp_projection(self) -> EndCost:
         """The matrix [D, 2D] at the entry of a multi-token-prediction module, and its two norms."""
@@ -136,7 +159,7 @@ class Operations:
     def core(self, op: Op) -> float:
         """Causal attention without its projections: half of the S x S scores, and two products forward, five back."""
         w, c = self.workload, self.workload.model
-        operations = 1.0 * w.tokens * w.sequence_length * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim)
+        operations = 1.0 * w.tokens * w.attended * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim)
         efficiency = self.cluster.attention_forward_efficiency
         if op is I:
             operations, efficiency = 2.5 * operations, self.cluster.attention_backward_efficiency
@@ -199,6 +222,11 @@ class Operations:
         kind = "fp32" if w.precision == "fp32" else "bf16"
         return self._product(kind, w.tokens, c.n_routed_experts, c.hidden_size)
 
+    def small_bytes(self, part: Part, moe: bool) -> float:
+        """Memory moved by the small kernels of one of the phases in ``SMALL``."""
+        phase, op = part
+        return self._attention_bytes(op) if phase is Phase.ATTENTION else self._mlp_bytes(op, moe)
+
     def _attention_bytes(self, op: Op) -> float:
         """Memory moved by the small kernels of an attention phase."""
         c, width = self.workload.model, self.workload.activation_width
@@ -247,8 +275,9 @@ class Operations:
         return numbers * 2.0 if self.workload.precision == "fp8" else 0.0
 
     def _kind(self, matrix: Matrix) -> str:
-        grouped = matrix.experts and self.workload.precision == "fp8"
-        return f"{self.workload.precision}{'_grouped' if grouped else ''}"
+        precision = self.workload.precision
+        grouped = f"{precision}_grouped"  # those that were not measured apart run like others
+        return grouped if matrix.experts and self.cluster.knows(grouped) else precision
 
     def _product(self, kind: str, m: float, n: float, k: float) -> float:
         """Seconds of [m, k] x [k, n]."""

@@ -8,6 +8,7 @@ from typing import Any
 from dualpipe.program import Program
 from dualpipe.schedules import stages as stages_of
 from dualpipe.simulate import Simulation
+from parallel.estimate.cores import share_cores
 from parallel.estimate.hardware import Cluster
 from parallel.estimate.memory import (
     RankMemory,
@@ -143,7 +144,7 @@ class Plan:
     def tflops(self) -> tuple[float, float]:
         """(causal, non-causal) of one GPU, of the model's operations."""
         rate = self.workload.step_tokens / (self.step_seconds * self.gpus) / 1e12
-        causal, full = model_flops(self.workload.model, self.workload.sequence_length, self.run.active)
+        causal, full = model_flops(self.workload.model, self.workload.attended, self.run.active)
         return causal * rate, full * rate
 
     @property
@@ -211,7 +212,12 @@ def make_plan(workload: Workload, cluster: Cluster, run: Run, program: Program |
     parameters = stage_parameters(operations, layers)
     end = end_seconds(program, workload, cluster, parameters)
     message = message_bytes(workload) / cluster.ib_one_way, cluster.latency_us * 1e-6
-    result = play(program, stages, end, message, activation_bytes(workload, layers))
+    afterwards = None
+    if cluster.shares_cores:
+        message = (0.0, 0.0)  # it is in the operations that it takes cores from
+        cores = int(cluster.ranks_per_node), int(cluster.cores_per_node)
+        afterwards = lambda progress: share_cores(progress, layout, *cores)  # noqa: E731
+    result = play(program, stages, end, message, activation_bytes(workload, layers), afterwards)
     assert result.peak_bytes is not None
     memory = rank_memory(program, workload, parameters, result.peak_bytes)
     return Plan(workload, cluster, run, layers, stages, end, result, ranks_seconds(result), memory)
@@ -223,6 +229,7 @@ def end_seconds(
     """Reduction and gathering of the largest stage, and the update of the rank that owns most."""
     layout, width = workload.layout, workload.activation_width
     twins = [len({route[stage] for route in program.routes}) for stage in range(program.stages)]
+    one_node = layout.world_size <= cluster.ranks_per_node
     local = int(min(cluster.ranks_per_node, layout.data))
     local_experts = max(local // layout.expert, 1)
 
@@ -230,8 +237,9 @@ def end_seconds(
         """A reduce-scatter or an all-gather of the stage's two buckets, ``size`` bytes an element."""
         dense, routed = parameters[stage].dense * size, parameters[stage].routed * size
         replicas = twins[stage] * layout.data
-        return ring_seconds(cluster, dense, replicas, local) + ring_seconds(
-            cluster, routed, replicas // layout.expert, local_experts
+        of_experts = replicas // layout.expert
+        return ring_seconds(cluster, dense, replicas, replicas if one_node else local) + ring_seconds(
+            cluster, routed, of_experts, of_experts if one_node else local_experts
         )
 
     owned = [
@@ -244,11 +252,12 @@ def end_seconds(
     # Gradient: read for the norm, scaled in place, read; master and moments: read and written; the parameter: written.
     update = max(owned) * (4 * 4 + 2 * 4 + 4 * workload.moment_bytes + width)
     stages = range(program.stages)
-    return EndSeconds(
-        reduce=max(collective(stage, 4) for stage in stages),
-        step=update / (cluster.memory_gb_per_s * 1e9 * cluster.memory_efficiency),
-        gather=max(collective(stage, width) for stage in stages),
-    )
+    reduce = max(collective(stage, 4) for stage in stages)
+    step = update / (cluster.memory_gb_per_s * 1e9 * cluster.memory_efficiency)
+    gather = max(collective(stage, width) for stage in stages)
+    if cluster.shares_cores:  # a core that sums gradients computes nothing meanwhile
+        return EndSeconds(0.0, step + reduce * len(program.stages_of(0)), gather)
+    return EndSeconds(reduce, step, gather)
 
 
 def ring_seconds(cluster: Cluster, size: float, replicas: int, local: int) -> float:
@@ -260,6 +269,7 @@ def ring_seconds(cluster: Cluster, size: float, replicas: int, local: int) -> fl
     if replicas < 2:
         return 0.0
     passed = size * (replicas - 1) / replicas
-    between = passed / (local * cluster.ib_one_way) if replicas > local else 0.0
-    inside = passed * (local - 1) / local / cluster.nvlink_one_way
+    between = passed / (local * cluster.ib_one_way * cluster.reduce_link) if replicas > local else 0.0
+    hops_inside = (local - 1) / local if replicas > local else 1.0
+    inside = passed * hops_inside / (cluster.nvlink_one_way * cluster.reduce_link)
     return max(between, inside) + replicas * cluster.latency_us * 1e-6

@@ -20,6 +20,7 @@ from dualpipe.schedules.zbv import zbv_bubble, zbv_peak
 from parallel.estimate.hardware import Cluster
 from parallel.estimate.memory import StageParameters, activation_bytes, rank_memory, stage_parameters
 from parallel.estimate.operations import Operations
+from parallel.estimate.phases import runs
 from parallel.estimate.plan import Plan, Run, end_seconds, make_plan
 from parallel.estimate.stages import StageCost, pair_seconds, stage_costs, stage_layers
 from parallel.estimate.workload import RECOMPUTES, Workload
@@ -70,7 +71,7 @@ def layouts(workload: Workload) -> Iterator[Workload]:
                 continue
             microbatches = batch // (data * size)
             for name in schedules.SCHEDULES:
-                if schedules.stages(name, pipeline) > c.num_hidden_layers or not _runs(name, pipeline, microbatches):
+                if schedules.stages(name, pipeline) > c.num_hidden_layers or not runs(name, pipeline, microbatches):
                     continue
                 for expert in _divisors(data):
                     if c.n_routed_experts % expert or workload.imbalance > expert:
@@ -128,7 +129,7 @@ class ClosedForm:
         """The schedule's smallest program, for its routes, and the stages of each rank."""
         key = schedule, ranks
         if key not in self._placed:
-            fewest = next(m for m in range(1, 2 * ranks + 1) if _runs(schedule, ranks, m))
+            fewest = next(m for m in range(1, 2 * ranks + 1) if runs(schedule, ranks, m))
             program = schedules.generate(schedule, ranks, fewest)
             self._placed[key] = program, tuple(tuple(sorted(program.stages_of(rank))) for rank in range(ranks))
         return self._placed[key]
@@ -210,14 +211,6 @@ def _peak(workload: Workload, rank: int) -> int:
             return zbv_peak(ranks)
         case _:
             raise AssertionError(workload.schedule)
-
-
-def _runs(schedule: str, ranks: int, microbatches: int) -> bool:
-    try:
-        schedules.check(schedule, ranks, microbatches)
-    except ValueError:
-        return False
-    return True
 
 
 @cache

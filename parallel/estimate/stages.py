@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 from dualpipe.overlap import STREAM_OF, Piece, Stream, Timed, needs, pair_plan, plan
 from dualpipe.program import Op
-from model.config import ModelConfig
 from parallel.estimate.operations import EndCost, LayerCost, Operations
 from parallel.estimate.workload import Workload
-from parallel.partition import layer_cost, partition
+from parallel.partition import partition
 
 
 @dataclass(frozen=True)
@@ -119,9 +118,8 @@ def _wire(pieces: tuple[Piece, ...]) -> _Wired:
 
 
 def stage_layers(workload: Workload, stages: int) -> list[range]:
-    """The layers of each stage, as the runtime cuts them. A multi-token-prediction module weighs on the last stage:
-    the head is taken to be that much larger. Raises ValueError for more stages than layers."""
-    return _partition(_with_heavier_head(workload.model, workload.mtp), stages)
+    """The layers of each stage, as the runtime cuts them. Raises ValueError for more stages than layers."""
+    return _partition(replace(workload.model, num_nextn_predict_layers=workload.mtp), stages)
 
 
 def stage_costs(operations: Operations, layers: Iterable[range]) -> list[StageCost]:
@@ -136,7 +134,9 @@ def stage_costs(operations: Operations, layers: Iterable[range]) -> list[StageCo
         if kind not in kinds:
             kinds[kind] = StageCost(tuple(moe if of_experts else dense for of_experts in kind), EndCost())
         stages.append(kinds[kind])
-    stages[0] = replace(stages[0], end=operations.embedding())
+    if len(stages) > 1 and operations.cluster.shares_cores:
+        stages = [replace(stage, end=operations.message()) for stage in stages]
+    stages[0] = replace(stages[0], end=stages[0].end + operations.embedding())
     end = stages[-1].end + operations.head()
     for _ in range(workload.mtp):
         end = end + operations.mtp_projection() + operations.head() + operations.embedding()
@@ -145,15 +145,6 @@ def stage_costs(operations: Operations, layers: Iterable[range]) -> list[StageCo
 
 
 _partition = cache(partition)
-
-
-def _with_heavier_head(config: ModelConfig, mtp: int) -> ModelConfig:
-    """The model, its head as heavy as head and multi-token-prediction modules together: all that partition sees."""
-    if not mtp:
-        return config
-    head, hidden = config.hidden_size * config.vocab_size, config.hidden_size
-    module = layer_cost(config, config.num_hidden_layers - 1) + head + 2 * hidden * hidden
-    return replace(config, vocab_size=config.vocab_size + round(mtp * module / hidden))
 
 
 def _span(timed: list[Timed]) -> float:

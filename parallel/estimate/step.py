@@ -1,6 +1,6 @@
 """One training step of one pipeline: the program that the runtime would execute, played with its stages' costs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
@@ -60,9 +60,10 @@ def play(
     end: EndSeconds,
     message: tuple[float, float],
     activation_bytes: Sequence[float],
+    afterwards: Callable[[Progress], None] | None = None,
 ) -> Simulation:
     """The step's simulation, in seconds. ``message``: how long one occupies its link, and its latency;
-    ``activation_bytes``: of one micro-batch, by stage."""
+    ``activation_bytes``: of one micro-batch, by stage; ``afterwards`` changes what was played, as shared cores do."""
     at_stage: dict[tuple[str, int], float] = {}
     for stage, cost in enumerate(stages):
         for op, name in _FIELDS.items():
@@ -80,6 +81,8 @@ def play(
     progress = Progress(program, Transport.EAGER, costs)
     progress.costs = _Pairs(costs, program, stages)
     progress.play()
+    if afterwards is not None:
+        afterwards(progress)
     return _simulation(program, progress)
 
 

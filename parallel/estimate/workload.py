@@ -35,16 +35,18 @@ class Workload:
     """``selective``: norms, MLA's up-projections and SwiGLU's output are made again in backward (DeepSeek-V3 report,
     3.2.3 and 3.3.3)."""
     mtp: int = 0
-    """Multi-token-prediction modules behind the last layer, each a projection, an MoE layer and a pass of the head."""
+    """Multi-token-prediction modules behind the last layer: a projection, an MoE layer and a pass of the head."""
     imbalance: float = 1.0
     """Rows of the busiest expert-parallel rank over the mean: everybody waits for it."""
+    context_length: int = 0
+    """Tokens that attend to each other, where that is more than a sequence of a micro-batch; 0: it is not."""
 
     def __post_init__(self) -> None:
         for key, known in (("precision", PRECISIONS), ("recompute", RECOMPUTES)):
             if getattr(self, key) not in known:
                 raise ValueError(f"{key}={getattr(self, key)} must be {' or '.join(known)}")
-        if self.mtp < 0:
-            raise ValueError(f"mtp={self.mtp} must not be negative")
+        if self.mtp not in (0, 1):
+            raise ValueError(f"mtp={self.mtp} must be 0 or 1")
         if not 1 <= self.imbalance <= self.layout.expert:
             raise ValueError(f"imbalance={self.imbalance:g} must be from 1 to layout.expert ({self.layout.expert})")
 
@@ -52,6 +54,10 @@ class Workload:
     def tokens(self) -> int:
         """Of one micro-batch."""
         return self.micro_batch_size * self.sequence_length
+
+    @property
+    def attended(self) -> int:
+        return self.context_length or self.sequence_length
 
     @property
     def step_tokens(self) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.plan import main
+from launch.plan import main, read_cluster
 
 ROOT = Path(__file__).parents[2]
 V3 = str(ROOT / "configs" / "deepseek-v3.yaml")
@@ -117,3 +117,86 @@ def test_a_cluster_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str
         .err.splitlines()[-1]
         .endswith("must hold a mapping of keys to {value: NUMBER, source: TEXT}")
     )
+
+
+def test_phases_are_priced_and_compared(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "phases.yaml"
+    file.write_text(
+        "phases:\n"
+        "  - {name: ramp, tokens: 1.0e+12, sequence_length: 4096, global_batch_size: [256, 1024]}\n"
+        "  - {name: after, gpu_hours: 5000}\n"
+        "published:\n  - {phases: [ramp, after], gpu_hours: 400000}\n"
+    )
+    small = ["layout.pipeline=4", "layout.data=64", "train.global_batch_size=512", "phases.global_batch_size=[]"]
+    small += ["--what-if", "memory_gb=1000"]
+    found = json.loads(answer(capsys, *small, *AS_TRAINED, "--phases", str(file), "--json"))
+    assert found["gpu_hours"] == pytest.approx(sum(each["gpu_hours"] for each in found["phases"]))
+    assert found["phases"][1] == {"name": "after", "gpu_hours": 5000, "tokens": 0, "stated": True, "parts": []}
+    assert found["published"][0]["gpu_hours"] == pytest.approx(found["gpu_hours"])
+    text = answer(capsys, *small, *AS_TRAINED, "--phases", str(file))
+    assert "ramp: 4 to 8 micro-batches for each replica are too few for dualpipe on 4 ranks" in text
+    assert "published in all: 0.4M" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("phases: []", "must hold a list `phases`"),
+        (
+            "phases: [{name: a}]",
+            "phase a must have gpu_hours, or sequence_length, global_batch_size and tokens or steps",
+        ),
+        ("phases: [{name: a, gpu_hours: x}]", "phase a: gpu_hours='x' must be a number above 0"),
+        ("phases: [{name: a, gpu_hours: 1}, {name: a, gpu_hours: 1}]", "two phases have the same name"),
+        ("phases: [{name: a, gpu_hours: 1}]\npublished: [{phases: [b], gpu_hours: 1}]", "b is not a phase"),
+        (
+            "phases: [{name: a, steps: 9, sequence_length: 4096, global_batch_size: [5, 4]}]",
+            "global_batch_size=[5, 4] must not fall",
+        ),
+    ],
+)
+def test_phases_that_make_no_sense_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, message: str
+) -> None:
+    file = tmp_path / "phases.yaml"
+    file.write_text(text)
+    assert main([V3, *AS_TRAINED, "--phases", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_this_machine_is_measured_by_its_ranks_and_planned_with(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tiny, here = str(ROOT / "configs" / "tiny-cpu.yaml"), str(tmp_path / "here.yaml")
+    small = ["layout.pipeline=1", "schedule.name=1f1b", "train.sequence_length=32"]
+    assert main([tiny, *small, "--calibrate", here]) == 0
+    assert f"wrote {here}" in capsys.readouterr().out
+    assert main([tiny, *small, "--cluster", here, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["cluster"] == "here" and 0.01 < plan["step_seconds"] < 60
+    cluster = read_cluster(here)
+    assert cluster.shares_cores and cluster.ranks_per_node == 2 and cluster.latency_us > 0
+    measured = [key for key, source in cluster.sources.items() if source.startswith("measured: dualpipe plan --calib")]
+    assert {"nvlink_gb_per_s", "reduce_link", "dispatch_forward_skew_us", "mlp_weight_us", "gemm"} <= set(measured)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--calibrate", "x.yaml"], "--calibrate starts every rank of the layout here, and 2048 are more than 64"),
+        (
+            ["--calibrate", "x.yaml", "layout.pipeline=2", "layout.data=2", "layout.expert=2"],
+            "are too many for a CPU",
+        ),
+        (["--calibrate", "x.yaml", "--search"], "--calibrate and --search exclude each other"),
+        (["--trace", "x.json"], "--trace x.json needs --calibrate FILE"),
+        (["--calibrate", "x.yaml", "--trace", "none.json"], "trace none.json must be a readable file"),
+    ],
+)
+def test_a_calibration_that_cannot_be_is_refused(
+    capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main([V3, "train.device=cpu", "phases.global_batch_size=[]", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -1,0 +1,161 @@
+"""Whether ``dualpipe plan`` knows this machine: predicted against measured step times of four layouts, in one run.
+
+    python -m benchmarks.plan [--rounds 4] [--json]
+
+The operations of configs/tiny-cpu.yaml are measured on its eight ranks (``dualpipe plan --calibrate``), before and
+after the steps, and the mean of both is what plans are made with. The steps are those of the runtime's worker, on
+random tokens, one thread a rank; the layouts take turns. No layout's step enters any prediction.
+
+On a machine that is not idle the wall time of a step says more about the neighbours; CPU time, summed over the ranks,
+does not count them. Both are predicted.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.pipeline_overhead import CONFIG, Usage, started
+from launch.calibrate import description_of, measure_here
+from launch.config import Config, load
+from launch.plan import read_cluster, workload_of
+from parallel.estimate.hardware import Cluster, from_mapping, numbers
+from parallel.estimate.plan import Plan, Run, make_plan
+
+LAYOUTS: dict[str, list[str]] = {
+    "dualpipe 4 x 2, expert 2": [],
+    "1f1b 2 x 2, expert 2, micro-batch 1": [
+        "schedule.name=1f1b",
+        "layout.pipeline=2",
+        "train.micro_batch_size=1",
+        "train.global_batch_size=16",
+    ],
+    "zb1p 4 x 1": ["schedule.name=zb1p", "layout.data=1", "layout.expert=1", "train.global_batch_size=16"],
+    "1f1b 1 x 4, expert 2": [
+        "schedule.name=1f1b",
+        "layout.pipeline=1",
+        "layout.data=4",
+        "train.global_batch_size=16",
+    ],
+}
+WITHIN = 0.15
+
+
+@dataclass(frozen=True)
+class Row:
+    """Seconds of one step; CPU seconds are summed over the ranks."""
+
+    layout: str
+    predicted_s: float
+    measured_s: float
+    predicted_cpu_s: float
+    measured_cpu_s: float
+
+    @property
+    def ratio(self) -> float:
+        return self.predicted_s / self.measured_s
+
+    @property
+    def cpu_ratio(self) -> float:
+        return self.predicted_cpu_s / self.measured_cpu_s
+
+
+def compare(rounds: int) -> list[Row]:
+    """Calibrate, measure in turns, calibrate again, predict."""
+    configs = {name: load(str(CONFIG), overrides) for name, overrides in LAYOUTS.items()}
+    usual = next(iter(configs.values()))
+    before = calibrated(usual)
+    usages = steps(list(configs.values()), rounds)
+    cluster = _mean(before, calibrated(usual))
+    rows = []
+    for (name, config), used in zip(configs.items(), usages, strict=True):
+        plan, apart = (_plan(config, each) for each in (cluster, replace(cluster, cores_per_node=1e6)))
+        rows.append(
+            Row(
+                name,
+                plan.step_seconds,
+                statistics.median(each.wall_s for each in used),
+                sum(rank.makespan - rank.bubble_s for rank in _work(apart)) * config.layout.data,
+                statistics.median(each.cpu_s for each in used),
+            )
+        )
+    return rows
+
+
+def calibrated(config: Config) -> Cluster:
+    """This machine, as the ranks of a configuration find it."""
+    workload, base = workload_of(config), read_cluster("h800")
+    ranks = config.layout.world_size
+    measured = measure_here(config, workload, base, ranks)
+    description = description_of(measured, workload, base, torch.device("cpu"), ranks, ranks)
+    description.pop("like")
+    return from_mapping("here", description, base)
+
+
+def steps(configs: Sequence[Config], rounds: int) -> list[list[Usage]]:
+    """For each configuration its steps, one a round; the first round is a warm-up."""
+    found: list[list[Usage]] = [[] for _ in configs]
+    with started([(config, 1) for config in configs]) as groups:
+        for turn in range(rounds + 1):
+            order = range(len(configs)) if turn % 2 else reversed(range(len(configs)))
+            for place in order:
+                used = groups[place].steps(1)
+                if turn:
+                    found[place].append(used)
+    return found
+
+
+@dataclass(frozen=True)
+class _Rank:
+    makespan: float
+    bubble_s: float
+
+
+def _work(plan: Plan) -> list[_Rank]:
+    return [_Rank(plan.step_seconds, seconds.bubble_s) for seconds in plan.seconds]
+
+
+def _plan(config: Config, cluster: Cluster) -> Plan:
+    return make_plan(workload_of(config), cluster, Run(1, None, 1))
+
+
+def _mean(one: Cluster, other: Cluster) -> Cluster:
+    values: dict[str, Any] = {key: (getattr(one, key) + getattr(other, key)) / 2 for key in numbers()}
+    points = [
+        a._replace(efficiency=(a.efficiency + b.efficiency) / 2) for a, b in zip(one.gemm, other.gemm, strict=True)
+    ]
+    return replace(one, gemm=tuple(points), **values)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--rounds", type=int, default=4, help="measured steps of each layout")
+    parser.add_argument("--json", action="store_true", help="print one JSON object; the table goes to stderr")
+    options = parser.parse_args(arguments)
+    rows = compare(options.rounds)
+    table = Table(title="a step, predicted and measured")
+    for column in ("layout", "predicted s", "measured s", "ratio", "predicted CPU s", "measured CPU s", "ratio"):
+        table.add_column(column, justify="left" if column == "layout" else "right")
+    for row in rows:
+        walls = f"{row.predicted_s:.3f}", f"{row.measured_s:.3f}", f"{row.ratio:.3f}"
+        table.add_row(
+            row.layout, *walls, f"{row.predicted_cpu_s:.3f}", f"{row.measured_cpu_s:.3f}", f"{row.cpu_ratio:.3f}"
+        )
+    console = Console(stderr=options.json)
+    console.print(table)
+    worst = max(abs(row.ratio - 1) for row in rows)
+    console.print(f"worst by wall time {worst:.1%}, by CPU time {max(abs(row.cpu_ratio - 1) for row in rows):.1%}")
+    if options.json:
+        print(json.dumps([{**row.__dict__, "ratio": row.ratio, "cpu_ratio": row.cpu_ratio} for row in rows]))
+    return 0 if worst <= WITHIN else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""``dualpipe plan --phases FILE``: a run of several phases, and how it compares with what was published.
+
+The file has ``phases``, each with a ``name`` and either ``gpu_hours``, which are taken as they are, or ``tokens`` or
+``steps`` with ``sequence_length`` and ``global_batch_size`` (a number, or two for a ramp); and, if there is anything to
+compare with, ``published``: the ``gpu_hours`` of some ``phases`` together.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch.command import UsageError
+from launch.plan_table import aligned
+from launch.yaml_strict import DuplicateKeyError, load_yaml
+from parallel.estimate.hardware import Cluster
+from parallel.estimate.phases import Phase, Priced, price
+from parallel.estimate.plan import Run, make_plan
+from parallel.estimate.workload import Workload
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """``published``: (names of phases, GPU-hours of all of them)."""
+
+    phases: list[Phase]
+    published: list[tuple[list[str], float]]
+
+
+def answer(path: str, workload: Workload, cluster: Cluster, run: Run, as_json: bool) -> str:
+    """What is to be printed. Raises UsageError, and ValueError for phases that cannot run."""
+    schedule = read(Path(path))
+    priced = price(schedule.phases, workload, cluster, run)
+    fraction = make_plan(workload, cluster, run).faults.effective_fraction
+    hours = {each.phase.name: each.gpu_hours for each in priced}
+    total = sum(hours.values())
+    compared = [(names, sum(hours[name] for name in names), known) for names, known in schedule.published]
+    if as_json:
+        return json.dumps(
+            {
+                "phases": [_object(each) for each in priced],
+                "gpu_hours": total,
+                "dollars": total * cluster.dollars_per_gpu_hour,
+                "effective_training_fraction": fraction,
+                "published": [
+                    {"phases": names, "gpu_hours": planned, "published_gpu_hours": known}
+                    for names, planned, known in compared
+                ],
+            }
+        )
+    lines = [_table(priced, workload), ""]
+    lines.append(f"in all: {total / 1e6:.4g}M GPU-hours, ${total * cluster.dollars_per_gpu_hour / 1e6:.4g}M")
+    lines[-1] += f"; with failures and checkpoints {total / fraction / 1e6:.4g}M"
+    for names, planned, known in compared:
+        lines.append(
+            f"{' + '.join(names)}: {planned / 1e3:.4g}K, published {known / 1e3:.4g}K ({planned / known - 1:+.1%})"
+        )
+    known = sum(hours for _, hours in schedule.published)
+    if {name for names, _ in schedule.published for name in names} == set(hours):
+        dollars = known * cluster.dollars_per_gpu_hour
+        lines.append(f"published in all: {known / 1e6:.4g}M, ${dollars / 1e6:.4g}M ({total / known - 1:+.1%})")
+    return "\n".join(lines + _notes(priced, workload))
+
+
+def read(path: Path) -> Schedule:
+    """Raises UsageError."""
+    try:
+        document = load_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--phases {path} must be a readable YAML file: {error.strerror}") from None
+    except (yaml.YAMLError, DuplicateKeyError, UnicodeDecodeError) as error:
+        raise UsageError(f"--phases {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict) or not document.get("phases") or set(document) - {"phases", "published"}:
+        raise UsageError(f"--phases {path} must hold a list `phases` and, at most, a list `published`")
+    rows = document["phases"]
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows
+    ):
+        raise UsageError(f"--phases {path}: every phase must be a mapping with a name")
+    phases = [_phase(path, row) for row in rows]
+    names = [phase.name for phase in phases]
+    if len(set(names)) < len(names):
+        raise UsageError(f"--phases {path}: two phases have the same name")
+    return Schedule(phases, [_published(path, row, names) for row in document.get("published") or []])
+
+
+def _phase(path: Path, row: Mapping[str, Any]) -> Phase:
+    where = f"--phases {path}: phase {row['name']}"
+    if "gpu_hours" in row:
+        if set(row) != {"name", "gpu_hours"}:
+            raise UsageError(f"{where}: gpu_hours stands alone: a phase's hours are stated or planned")
+        return Phase(row["name"], gpu_hours=_positive(where, row, "gpu_hours"))
+    length = "tokens" if "tokens" in row else "steps"
+    needed = {"name", length, "sequence_length", "global_batch_size"}
+    if set(row) != needed:
+        raise UsageError(f"{where} must have gpu_hours, or sequence_length, global_batch_size and tokens or steps")
+    batch = row["global_batch_size"]
+    ends = batch if isinstance(batch, list) else [batch, batch]
+    if len(ends) != 2:
+        raise UsageError(f"{where}: global_batch_size={batch} must be a number of sequences, or two for a ramp")
+    first, last = (_positive(where, {"global_batch_size": end}, "global_batch_size") for end in ends)
+    if last < first:
+        raise UsageError(f"{where}: global_batch_size={batch} must not fall")
+    if length == "steps" and first != last:
+        raise UsageError(f"{where}: a ramp of global_batch_size needs tokens, not steps")
+    sequence = int(_positive(where, row, "sequence_length"))
+    amount = _positive(where, row, length)
+    return Phase(row["name"], amount if length == "tokens" else amount * first * sequence, sequence, (first, last))
+
+
+def _positive(where: str, row: Mapping[str, Any], key: str) -> float:
+    value = row[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e18:
+        raise UsageError(f"{where}: {key}={value!r} must be a number above 0")
+    return float(value)
+
+
+def _published(path: Path, row: Any, known: Sequence[str]) -> tuple[list[str], float]:
+    where = f"--phases {path}: published"
+    if not isinstance(row, dict) or set(row) != {"phases", "gpu_hours"} or not isinstance(row["phases"], list):
+        raise UsageError(f"{where}: every row must have phases, a list of names, and gpu_hours")
+    for name in row["phases"]:
+        if name not in known:
+            raise UsageError(f"{where}: {name} is not a phase; the phases are {', '.join(known)}")
+    return list(row["phases"]), _positive(where, row, "gpu_hours")
+
+
+def _object(each: Priced) -> dict[str, Any]:
+    phase = each.phase
+    return {
+        "name": phase.name,
+        "gpu_hours": each.gpu_hours,
+        "tokens": phase.tokens,
+        "stated": phase.gpu_hours is not None,
+        "parts": [asdict(part) for part in each.parts],
+    }
+
+
+def _table(priced: Sequence[Priced], workload: Workload) -> str:
+    rows = ["phase,tokens,context,micro-batches,schedule,GPU-hours,per trillion".split(",")]
+    for each in priced:
+        if not each.parts:
+            rows.append([each.phase.name, "", "", "", "stated", f"{each.gpu_hours / 1e3:.4g}K", ""])
+        for part in each.parts:
+            first, last = part.microbatches
+            rows.append(
+                [
+                    each.phase.name,
+                    f"{part.tokens / 1e9:.5g}B",
+                    str(each.phase.sequence_length),
+                    f"{first:g}" if first == last else f"{first:g} to {last:g}",
+                    part.schedule,
+                    f"{part.gpu_hours / 1e3:.4g}K",
+                    f"{part.gpu_hours / part.tokens * 1e12 / 1e3:.4g}K",
+                ]
+            )
+    return aligned(rows)
+
+
+def _notes(priced: Sequence[Priced], workload: Workload) -> list[str]:
+    """What does not run as the configuration says, and what is not counted."""
+    notes = []
+    for each in priced:
+        for part in each.parts:
+            name, numbers = each.phase.name, "{:g} to {:g}".format(*part.microbatches)
+            if part.schedule != workload.schedule:
+                notes.append(
+                    f"{name}: {numbers} micro-batches for each replica are too few for {workload.schedule} on "
+                    f"{workload.layout.pipeline} ranks; of the schedules that run, {part.schedule} is the fastest"
+                    + (" that fits" if part.fits else ", though it does not fit in memory")
+                )
+        if each.parts and each.phase.sequence_length > workload.sequence_length:
+            notes.append(
+                f"{each.phase.name}: sequences in pieces of {workload.sequence_length} tokens; keys and values reach "
+                "other pieces for nothing, and their memory is not counted"
+            )
+    return ["", *notes] if notes else []

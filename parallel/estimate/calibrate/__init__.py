@@ -1,0 +1,1 @@
+"""A cluster's description measured on the machine itself: what its ranks take for the operations that a plan counts."""

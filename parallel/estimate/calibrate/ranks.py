@@ -1,0 +1,165 @@
+"""What every rank measures, in turns, while all the others measure the same."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dualpipe.overlap import Part
+from parallel.estimate.calibrate import links
+from parallel.estimate.calibrate.clock import Clock
+from parallel.estimate.calibrate.layers import LayerProbe, head_seconds
+from parallel.estimate.calibrate.products import (
+    Product,
+    core_seconds,
+    optimizer_rate,
+    product_seconds,
+    products_of,
+)
+from parallel.estimate.hardware import Cluster
+from parallel.estimate.workload import Workload
+from parallel.exchange import GroupExchange
+from parallel.groups import Groups
+from parallel.hop import Hop
+from parallel.mesh import Layout
+
+ROUNDS = 3
+
+
+@dataclass
+class Measured:
+    """Seconds of the clock, medians over the rounds and then over the ranks. ``phases``: of an MoE layer that exchanges
+    nothing, by tokens of a micro-batch; ``exchanged``: what an exchange adds to a layer's forward and backward;
+    ``links``: by the distance of the ranks, a small and a large message, and the wall seconds of the large one."""
+
+    products: dict[Product, float] = field(default_factory=dict)
+    core: tuple[float, float] = (0.0, 0.0)
+    phases: dict[int, dict[Part, float]] = field(default_factory=dict)
+    exchanged: tuple[float, float] | None = None
+    head: tuple[float, float] = (0.0, 0.0)
+    optimizer_bytes_per_s: float = 0.0
+    links: dict[int, tuple[float, float, float]] = field(default_factory=dict)
+    reduction: float | None = None
+    slow: dict[str, list[int]] = field(default_factory=dict)
+    """Ranks that stand out, by what they are slow at."""
+    alone: float | None = None
+    """A layer on one rank while the others wait, over the same while all are busy."""
+
+
+def measure(
+    workload: Workload, base: Cluster, device: torch.device, local_world: int, rounds: int = ROUNDS
+) -> Measured:
+    """Collective, if there is a group. ``local_world``: ranks on a node. Every rank gets the same answer."""
+    clock, world = Clock(device), dist.get_world_size() if dist.is_initialized() else 1
+    half = replace(workload, sequence_length=max(workload.sequence_length // 2, 1))
+    layer = workload.model.first_k_dense_replace
+    probes = {each.tokens: LayerProbe(each, layer, device) for each in (workload, half)}
+    apart = _exchanging(workload, layer, device) if world > 1 else None
+    turns: dict[str, list[Any]] = defaultdict(list)
+    for turn in range(rounds + 1):
+        found: dict[str, Any] = {
+            "products": {p: product_seconds(p, device, clock) for p in products_of(workload, base)},
+            "core": core_seconds(workload, device, clock),
+            "phases": {tokens: _several(probe, clock) for tokens, probe in probes.items()},
+            "head": head_seconds(workload, device, clock),
+            "optimizer": optimizer_rate(workload, device, clock),
+        }
+        if apart is not None:
+            found["exchanged"] = _several(apart, clock)
+        if turn:  # the first is a warm-up
+            for name, value in found.items():
+                turns[name].append(value)
+    result = _over_ranks({name: _middle(values) for name, values in turns.items()})
+    measured = Measured(
+        products=result["products"],
+        core=tuple(result["core"]),
+        phases=result["phases"],
+        head=tuple(result["head"]),
+        optimizer_bytes_per_s=result["optimizer"],
+        slow=result["slow"],
+    )
+    if apart is not None:
+        measured.exchanged = _added(result["exchanged"], result["phases"][workload.tokens])
+    if world > 1:
+        _messages(measured, device, clock, local_world)
+        measured.alone = _alone(probes[workload.tokens], measured.phases[workload.tokens], clock)
+    return measured
+
+
+def _several(probe: LayerProbe, clock: Clock) -> dict[Part, float]:
+    return _middle([probe.seconds(clock) for _ in range(3)])
+
+
+def _exchanging(workload: Workload, layer: int, device: torch.device) -> LayerProbe | None:
+    """A layer whose experts are spread over the layout's expert group; None where a rank has them all."""
+    layout = workload.layout
+    world = dist.get_world_size()
+    if layout.expert == 1 or world % layout.expert:
+        return None
+    groups = Groups(Layout(pipeline=1, data=world, expert=layout.expert), [])
+    rank, each = dist.get_rank(), workload.model.n_routed_experts // layout.expert
+    first = rank % layout.expert * each
+    members = range(rank - rank % layout.expert, rank - rank % layout.expert + layout.expert)
+    group = groups.of(members)
+    assert group is not None
+    exchange = GroupExchange(group, each, [Hop(group, [False] * layout.expert)])
+    return LayerProbe(workload, layer, device, exchange, range(first, first + each))
+
+
+def _added(exchanging: Mapping[Part, float], local: Mapping[Part, float]) -> tuple[float, float]:
+    """What the exchange adds, forward and backward."""
+    ways = {"F": (0.0, 0.0), "I": (0.0, 0.0)}
+    for name in ways:
+        ways[name] = (
+            sum(seconds for (_, op), seconds in exchanging.items() if op.value == name),
+            sum(seconds for (_, op), seconds in local.items() if op.value == name),
+        )
+    forward, backward = (max(a - b, 0.0) for a, b in ways.values())
+    return forward, backward
+
+
+def _messages(measured: Measured, device: torch.device, clock: Clock, local_world: int) -> None:
+    world = dist.get_world_size()
+    for distance in {1, local_world} if local_world < world else {1}:
+        each: list[Any] = [None] * world
+        dist.all_gather_object(each, links.link(distance, device, clock))
+        measured.links[distance] = tuple(median(column) for column in zip(*each, strict=True))
+        measured.slow[f"messages {distance} ranks on"] = links.slow_ranks([wall for _, _, wall in each])
+    sums: list[Any] = [None] * world
+    dist.all_gather_object(sums, links.reduction_seconds(device, clock))
+    measured.reduction = median(sums)
+
+
+def _alone(probe: LayerProbe, busy: Mapping[Part, float], clock: Clock) -> float:
+    """Rank 0 measures while the others wait."""
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        answer[0] = sum(_several(probe, clock).values()) / sum(busy.values())
+    dist.broadcast_object_list(answer)
+    return float(answer[0])
+
+
+def _over_ranks(own: dict[str, Any]) -> dict[str, Any]:
+    """The medians over the ranks, and under ``slow`` the ranks whose arithmetic stands out."""
+    if not dist.is_initialized():
+        return {**own, "slow": {}}
+    each: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(each, own)
+    arithmetic = [sum(of["products"].values()) for of in each]
+    found = {name: _middle([of[name] for of in each]) for name in own}
+    return {**found, "slow": {"products": links.slow_ranks(arithmetic)}}
+
+
+def _middle(values: Iterable[Any]) -> Any:
+    """The median of numbers, and of what is built of them place by place."""
+    values = list(values)
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: _middle([value[key] for value in values]) for key in first}
+    if isinstance(first, tuple):
+        return tuple(_middle(column) for column in zip(*values, strict=True))
+    return median(values)
