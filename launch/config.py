@@ -101,18 +101,33 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    source: str
+    """As ``data.source``."""
+    weight: float = 1.0
+    """Share of the training sequences, in any unit."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     source: str = "stdlib"
-    """``stdlib`` (the running Python's own library), or a file, folder or glob of .txt and .jsonl files."""
+    """``stdlib`` (the running Python's own library), a file, folder or glob of .txt, .jsonl and .parquet files, or
+    Megatron's .bin and .idx, by what their names begin with. See docs/data.md."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Several sources instead of one, with weights: ``[{source: code, weight: 3}, {source: web, weight: 7}]``."""
+    text_field: str = "text"
+    """The field of a .jsonl object, and the column of a .parquet file, that holds the text of a document."""
     tokenizer: str = "bytes"
     """``bytes``, or a Hugging Face folder with a tokenizer.json, and a config.json that has its eos_token_id."""
     validation_fraction: float = 0.05
-    """Share of the documents that is kept out of training."""
+    """Share of each source that is kept out of training."""
     validation_sequences: int = 64
     """Sequences of the validation split that are scored; 0 scores none."""
     document_boundaries: Literal["ignore", "attention"] = "ignore"
     """Sequences are packed from whatever documents come next. ``ignore`` lets attention cross from one to the next, as
     DeepSeek-V3 was trained; ``attention`` keeps it within documents, and positions begin again at each."""
+    fill_in_middle: float = 0.0
+    """Share of the documents that are shown as prefix, suffix, middle; DeepSeek-V3 has 0.1."""
 
     def __post_init__(self) -> None:
         _check(self.source.strip() != "", "data.source", self.source, "must be 'stdlib', a path or a glob")
@@ -120,6 +135,22 @@ class DataConfig:
         inside = 0 < self.validation_fraction < 1
         _check(inside, "data.validation_fraction", self.validation_fraction, "must be above 0 and below 1")
         _check_count("data.validation_sequences", self.validation_sequences)
+        _check(self.text_field != "", "data.text_field", self.text_field, "must be the name of a field")
+        share = 0 <= self.fill_in_middle <= 1
+        _check(share, "data.fill_in_middle", self.fill_in_middle, "must be from 0 to 1, a share of the documents")
+        self._check_sources()
+
+    def _check_sources(self) -> None:
+        if self.sources and self.source != "stdlib":
+            raise ConfigError(f"data.source={show(self.source)} and data.sources must not both be given")
+        total = sum(part.weight for part in self.sources)
+        names = [part.source for part in self.sources]
+        for at, part in enumerate(self.sources):
+            key = f"data.sources[{at}]"
+            _check(part.source.strip() != "", f"{key}.source", part.source, "must be 'stdlib', a path or a glob")
+            _check(part.source not in names[:at], f"{key}.source", part.source, "must appear once")
+            large = part.weight > 0 and part.weight >= 1e-9 * total
+            _check(large, f"{key}.weight", part.weight, "must be positive, and a billionth of all weights at least")
 
 
 @dataclass(frozen=True)
@@ -241,7 +272,7 @@ def check_world_size(config: Config, world_size: int) -> None:
         )
 
 
-_FIXED = ("train.seed", "train.sequence_length", "data.validation_fraction")
+_FIXED = ("train.seed", "train.sequence_length", "data.validation_fraction", "data.fill_in_middle")
 
 
 def resume_differences(old: Config, new: Config) -> tuple[list[str], list[str]]:

@@ -1,63 +1,72 @@
 """Text as tokens, and a stream of batches that can be entered at any step.
 
 Tokenisation is by byte (token 0..255 is the byte of that value, and 256, ``END_OF_DOCUMENT``, follows every document),
-or by a published tokenizer, whose own end follows every document then.
-The tokens of the training split stand in one row; sequence i is the window of ``sequence_length + 1`` tokens that
-begins at ``i * sequence_length`` (inputs are all but its last token, targets all but its first). An epoch visits every
-window once, in a permutation drawn from (seed, epoch). Row r of step n is visit ``n * global_batch_size + r`` of the
-endless row of epochs: it depends on seed and step alone, never on the layout, and needs no state to resume.
-
-A document goes to validation when the hash of its bytes falls below ``validation_fraction``, so that adding documents
-moves no other one, and two copies of one text stay on one side. When that leaves either side with less than one
-sequence (a single document, say), the split is by position instead: of all documents in a row the last
-``validation_fraction`` of the tokens, at least one sequence, is validation.
+or by a published tokenizer, whose own end follows every document then. The tokens of a source's training split stand in
+one row; sequence i is the window of ``sequence_length + 1`` tokens that begins at ``i * sequence_length`` (inputs are
+all but its last token, targets all but its first). An epoch of a source visits each of its windows once, in a
+permutation drawn from (seed, epoch). The mixture (``data_mix.py``) says from which source each visit is. Row r of step
+n is visit ``n * global_batch_size + r``: it depends on seed and step alone, never on the layout, and needs no state to
+resume.
 """
 
 import hashlib
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, TypeAlias
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from launch import data_cache
-from launch.config import Config, DataConfig, show
-from launch.data_source import DataError, Source, find_source
-from launch.tokenizer import END_OF_DOCUMENT, VOCABULARY, ByteTokenizer, Tokenizer, TokenizerError, open_tokenizer
+from launch.config import Config, show
+from launch.data_corpus import Batch, Corpus
+from launch.data_megatron import find_megatron, open_megatron
+from launch.data_mix import Mixture
+from launch.data_source import DataError, find_source
+from launch.data_text import open_text, vocabulary_of
+from launch.tokenizer import END_OF_DOCUMENT, VOCABULARY, Tokenizer, TokenizerError, open_tokenizer
 
 __all__ = ["END_OF_DOCUMENT", "VOCABULARY", "DataError", "Dataset", "bits_per_byte", "open_dataset"]
-
-Tokens: TypeAlias = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
-Batch: TypeAlias = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Both splits of a corpus, and the order in which a run visits the training windows."""
+    """All sources, and the order in which a run visits their training windows. ``weights``: of each corpus, in any
+    unit."""
 
-    train: Tokens
-    validation: Tokens
-    documents: int
-    """Documents with any text, over both splits."""
-    bytes: int
-    """Bytes of text, over both splits, without the ends of documents."""
-    bytes_per_token: float
-    """Of the validation split; the end of a document counts as one byte."""
-    fingerprint: str
-    """SHA-256, in hexadecimal, of the tokens of both splits; equal fingerprints train on equal data."""
+    corpora: tuple[Corpus, ...]
+    weights: tuple[float, ...]
     sequence_length: int
     global_batch_size: int
     seed: int
     document_end: int = END_OF_DOCUMENT
     """The token between documents: the last of one, and what the next one begins with."""
 
+    @cached_property
+    def mixture(self) -> Mixture:
+        return Mixture(self.weights)
+
     @property
-    def windows(self) -> int:
-        """Training sequences of one epoch."""
-        return _windows(self.train, self.sequence_length)
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal; equal fingerprints train on equal data, in equal shares."""
+        if len(self.corpora) == 1:
+            return self.corpora[0].fingerprint
+        shares = zip(self.corpora, self.mixture.shares, strict=True)
+        return hashlib.sha256(json.dumps([[c.fingerprint, str(share)] for c, share in shares]).encode()).hexdigest()
+
+    @property
+    def documents(self) -> int:
+        """Documents with anything in them, over all sources and both splits."""
+        return sum(corpus.documents for corpus in self.corpora)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the validation splits, as they are mixed; the end of a document counts as one byte."""
+        return sum(
+            float(share) * corpus.bytes_per_token
+            for corpus, share in zip(self.corpora, self.mixture.shares, strict=True)
+        )
 
     def batch(self, step: int) -> Batch:
         """Every sequence of one step, ``[global_batch_size, sequence_length + 1]``; ``step`` counts from 0."""
@@ -69,55 +78,103 @@ class Dataset:
         return self.visits(step * self.global_batch_size + first, count)
 
     def visits(self, first: int, count: int) -> Batch:
-        """``count`` sequences of the endless row of epochs, from position ``first`` of it."""
-        visits = first + np.arange(count, dtype=np.int64)
-        epochs, places = np.divmod(visits, self.windows)
-        chosen = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            chosen[here] = _permutation(self.seed, int(epoch), self.windows)[places[here]]
-        return _read_windows(self.train, chosen, self.sequence_length)
+        """``count`` sequences of the endless row of visits, from position ``first`` of it."""
+        sources, places = self.mixture.place(first + np.arange(count, dtype=np.int64))
+        rows = np.empty((count, self.sequence_length + 1), dtype=np.int64)
+        for source, corpus in enumerate(self.corpora):
+            here = sources == source
+            if here.any():
+                chosen = _windows_of(self.seed, corpus.windows(self.sequence_length), places[here])
+                rows[here] = corpus.read(corpus.train, chosen, self.sequence_length)
+        return rows
+
+    def source_tokens(self, visits: int) -> dict[str, int]:
+        """Training tokens of each source among the first ``visits`` sequences."""
+        counts = self.mixture.counts(np.array([visits], dtype=np.int64))[:, 0]
+        return {c.name: int(n) * self.sequence_length for c, n in zip(self.corpora, counts, strict=True)}
 
     def validation_sequences(self, count: int, sequence_length: int | None = None) -> Batch:
-        """``[count, sequence_length + 1]`` from the validation split: the same ones at every call.
+        """``[count, sequence_length + 1]`` from the validation splits, in the sources' shares: the same ones at every
+        call.
 
         The windows overlap by the one token that is a target of the first and an input of the second, and are spread
-        evenly over the split. Fewer than ``count`` come back when the split holds no more.
+        evenly over the split. Fewer than ``count`` come back when a split holds no more.
         """
         length = sequence_length or self.sequence_length
-        windows = _windows(self.validation, length)
-        count = min(count, windows)
-        return _read_windows(self.validation, np.arange(count, dtype=np.int64) * windows // max(count, 1), length)
+        shares = self.mixture.counts(np.array([count], dtype=np.int64))[:, 0]
+        parts = [np.empty((0, length + 1), dtype=np.int64)]
+        for corpus, share in zip(self.corpora, shares.tolist(), strict=True):
+            there = corpus.validation_windows(length)
+            share = min(share, there)
+            chosen = np.arange(share, dtype=np.int64) * there // max(share, 1)
+            parts.append(corpus.read(corpus.validation, chosen, length))
+        return np.concatenate(parts)
+
+    def summary(self, sequences: int) -> Iterator[str]:
+        """A line for each source, and one for a run of so many sequences in all."""
+        seen = self.source_tokens(sequences)
+        for corpus, share in zip(self.corpora, self.mixture.shares, strict=True):
+            epoch = corpus.windows(self.sequence_length) * self.sequence_length
+            part = f"{float(share):.1%} of the run, " if len(self.corpora) > 1 else ""
+            yield (
+                f"data: {corpus.name}, {part}{corpus.documents:,} documents, {len(corpus.train):,} tokens to train on "
+                f"and {len(corpus.validation):,} to validate on; {seen[corpus.name] / epoch:.3g} epochs of it"
+            )
+        yield f"run: {sequences:,} sequences of {self.sequence_length:,} tokens, {sum(seen.values()):,} tokens in all"
 
 
 def open_dataset(config: Config) -> Dataset:
-    """The corpus that ``data.source`` names, tokenised once and kept in the user's cache folder.
+    """The sources that ``data`` names; text is tokenised once and kept in the user's cache folder.
 
     Raises DataError: no such data, unreadable, too short for one sequence of either split, or a
     ``model.vocab_size`` too small for its tokens. Any number of processes may call it at once.
     """
+    data, train = config.data, config.train
     try:
-        tokenizer = open_tokenizer(config.data.tokenizer)
+        tokenizer = open_tokenizer(data.tokenizer)
     except TokenizerError as error:
-        raise DataError(f"data.tokenizer={show(config.data.tokenizer)}: {error}") from None
-    size = max(tokenizer.size, tokenizer.end + 1)
-    if config.model.vocab_size < size:
-        what = "256 byte values and the end of a document" if size == VOCABULARY else "the tokens of data.tokenizer"
-        raise DataError(f"model.vocab_size={config.model.vocab_size} must be at least {size}: {what}")
-    train = config.train
-    corpus = _corpus(config.data, tokenizer, train.sequence_length)
+        raise DataError(f"data.tokenizer={show(data.tokenizer)}: {error}") from None
+    _check_tokenizer(config, tokenizer)
+    names = [part.source for part in data.sources] or [data.source]
+    keys = [f"data.sources[{at}].source" for at in range(len(data.sources))] or ["data.source"]
     return Dataset(
-        train=corpus.tokens[: corpus.train_tokens],
-        validation=corpus.tokens[corpus.train_tokens :],
-        documents=corpus.documents,
-        bytes=corpus.bytes,
-        bytes_per_token=corpus.validation_bytes / (len(corpus.tokens) - corpus.train_tokens),
-        fingerprint=corpus.fingerprint,
+        corpora=tuple(_open(config, tokenizer, name, key) for name, key in zip(names, keys, strict=True)),
+        weights=tuple(part.weight for part in data.sources) or (1.0,),
         sequence_length=train.sequence_length,
         global_batch_size=train.global_batch_size,
         seed=train.seed,
         document_end=tokenizer.end,
     )
+
+
+def _open(config: Config, tokenizer: Tokenizer, name: str, key: str) -> Corpus:
+    data, length = config.data, config.train.sequence_length
+    prefix = find_megatron(name)
+    if prefix is None:
+        return open_text(name, find_source(name, key, data.text_field), tokenizer, data, length)
+    setting = f"{key}={show(name)}"
+    if data.fill_in_middle:
+        raise DataError(
+            f"{setting} must be text for data.fill_in_middle={data.fill_in_middle}, and it is tokens already"
+        )
+    return open_megatron(name, prefix, setting, tokenizer, config.model.vocab_size, data.validation_fraction, length)
+
+
+def _check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
+    fill = config.data.fill_in_middle
+    if fill and tokenizer.sentinels is None:
+        raise DataError(
+            f"data.fill_in_middle={fill} needs a tokenizer with the three marks of prefix, suffix and middle, and "
+            f"data.tokenizer={show(config.data.tokenizer)} has none that are known"
+        )
+    size = vocabulary_of(tokenizer, fill > 0)
+    if config.model.vocab_size < size:
+        what = "the tokens of data.tokenizer"
+        if config.data.tokenizer == "bytes":
+            what = "256 byte values and the end of a document" + (
+                ", and three marks to fill in the middle" * (fill > 0)
+            )
+        raise DataError(f"model.vocab_size={config.model.vocab_size} must be at least {size}: {what}")
 
 
 def bits_per_byte(loss_sum_nats: float, targets: int, bytes_per_token: float = 1.0) -> float:
@@ -129,79 +186,16 @@ def bits_per_byte(loss_sum_nats: float, targets: int, bytes_per_token: float = 1
     return loss_sum_nats / math.log(2) / (targets * bytes_per_token)
 
 
-def _corpus(data: DataConfig, tokenizer: Tokenizer, sequence_length: int) -> data_cache.Corpus:
-    source = find_source(data.source)
-    key = data_cache.key(source.identity(), tokenizer.identity(), data.validation_fraction, sequence_length)
-    corpus = data_cache.read(key)
-    if corpus is None:
-        corpus = _tokenise(source, tokenizer, data.validation_fraction, sequence_length)
-        data_cache.write(key, corpus)
-    return corpus
+def _windows_of(seed: int, windows: int, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The windows that a source's visits ``places`` are to."""
+    epochs, places = np.divmod(places, windows)
+    chosen = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        chosen[here] = _permutation(seed, int(epoch), windows)[places[here]]
+    return chosen
 
 
-def _tokenise(
-    source: Source, tokenizer: Tokenizer, validation_fraction: float, sequence_length: int
-) -> data_cache.Corpus:
-    documents: list[bytes] = [text for text in source.documents() if text]
-    if not documents:
-        raise DataError(f"{source.setting} must hold text, and every document in it is empty")
-    held_out = [_is_held_out(text, validation_fraction) for text in documents]
-    train = _tokens((text for text, held in zip(documents, held_out, strict=True) if not held), tokenizer)
-    validation = _tokens((text for text, held in zip(documents, held_out, strict=True) if held), tokenizer)
-    validation_bytes: float = sum(len(text) + 1 for text, held in zip(documents, held_out, strict=True) if held)
-    size = sum(map(len, documents))
-    if min(len(train), len(validation)) <= sequence_length:
-        whole = _tokens(documents, tokenizer)
-        train, validation = _split_by_position(source, whole, validation_fraction, sequence_length)
-        validation_bytes = (size + len(documents)) * len(validation) / len(whole)
-    tokens = np.concatenate([train, validation])
-    digest = hashlib.sha256(f"{len(train)} {len(validation)}\n".encode())
-    digest.update(tokens.astype(tokens.dtype.newbyteorder("<"), copy=False).data)
-    return data_cache.Corpus(tokens, len(train), len(documents), size, validation_bytes, digest.hexdigest())
-
-
-def _is_held_out(text: bytes, validation_fraction: float) -> bool:
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") < validation_fraction * 2**64
-
-
-def _split_by_position(
-    source: Source, tokens: Tokens, validation_fraction: float, sequence_length: int
-) -> tuple[Tokens, Tokens]:
-    window = sequence_length + 1
-    if len(tokens) < 2 * window:
-        raise DataError(
-            f"{source.setting} must hold at least {2 * window} tokens, a sequence of train.sequence_length="
-            f"{sequence_length} and its last target for training and for validation each; it has {len(tokens)}"
-        )
-    validation_tokens = min(max(round(len(tokens) * validation_fraction), window), len(tokens) - window)
-    return tokens[:-validation_tokens], tokens[-validation_tokens:]
-
-
-def _tokens(documents: Iterable[bytes], tokenizer: Tokenizer) -> Tokens:
-    """The documents in a row, each with its end; in two bytes a token where that is enough."""
-    dtype = np.uint16 if max(tokenizer.size, tokenizer.end + 1) <= 2**16 else np.uint32
-    end = np.array([tokenizer.end], dtype=dtype)
-    parts: list[npt.NDArray[Any]] = [np.empty(0, dtype=dtype)]
-    for text in documents:
-        if isinstance(tokenizer, ByteTokenizer):  # a list of every byte would take minutes
-            parts += [np.frombuffer(text, dtype=np.uint8), end]
-        else:
-            parts += [np.array(tokenizer.encode(text), dtype=dtype), end]
-    return np.concatenate(parts, dtype=dtype)
-
-
-def _windows(tokens: Tokens, sequence_length: int) -> int:
-    return max(len(tokens) - 1, 0) // sequence_length
-
-
-def _read_windows(tokens: Tokens, windows: npt.NDArray[np.int64], sequence_length: int) -> Batch:
-    rows = np.empty((len(windows), sequence_length + 1), dtype=np.int64)
-    for row, window in zip(rows, windows, strict=True):
-        start = int(window) * sequence_length
-        row[:] = tokens[start : start + sequence_length + 1]
-    return rows
-
-
-@lru_cache(maxsize=2)  # a step may straddle two epochs
+@lru_cache(maxsize=16)  # of every source; a step may straddle two epochs
 def _permutation(seed: int, epoch: int, windows: int) -> npt.NDArray[np.int64]:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(windows)

@@ -69,7 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", type=Path, metavar="RUN|HF_DIR", help="run folder or Hugging Face folder")
     parser.add_argument(
-        "--data", required=True, metavar="FILE", help="a .txt or .jsonl file, a folder or a glob of them, or 'stdlib'"
+        "--data",
+        required=True,
+        metavar="FILE",
+        help="a .txt, .jsonl or .parquet file, a folder or a glob of them, or 'stdlib'",
     )
     parser.add_argument(
         "--sequence-length",
@@ -82,11 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _documents(data: str) -> list[bytes]:
-    try:
-        source = find_source(data)
-        documents = [text for text in source.documents() if text]
-    except DataError as error:
-        raise DataError(str(error).replace("data.source=", "--data=", 1)) from None
+    documents = [text for text in find_source(data, "--data").documents() if text]
     if not documents:
         raise DataError(f"--data={data} must hold text, and every document in it is empty")
     return documents

@@ -10,8 +10,9 @@ lock              held while a run is training
 import errno
 import fcntl
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from launch.config import Config, ConfigError, dump, load, resume_differences, show
 from launch.metrics import EventLog
@@ -51,7 +52,7 @@ class RunFolder:
         stored = self._stored_fingerprint()
         if stored != fingerprint:
             raise ConfigError(
-                f"data.source={show(config.data.source)} holds other text than the run in run.dir={self.path} trained "
+                f"{_setting(config)} other text than the run in run.dir={self.path} trained "
                 f"on (SHA-256 {fingerprint[:12]}, the run has {stored[:12]}; 'stdlib' differs between Python versions)"
             )
         return [line for line in recorded if not line.startswith("run.dir:")]
@@ -80,10 +81,25 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / "lock").open("a+")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            write_whole(self.data_file, json.dumps({"source": config.data.source, "fingerprint": fingerprint}) + "\n")
+            data = {**_named(config), "fingerprint": fingerprint}
+            write_whole(self.data_file, json.dumps(data) + "\n")
             write_whole(self.config_file, dump(config))
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES) and not isinstance(error, PermissionError):
                 raise ConfigError(f"run.dir={self.path} is in use: another process is training in it") from None
             raise ConfigError(f"run.dir={self.path} must be a folder that can be written: {error.strerror}") from None
         return lock
+
+
+def _named(config: Config) -> dict[str, Any]:
+    """The data as the configuration names them."""
+    if config.data.sources:
+        return {"sources": [asdict(part) for part in config.data.sources]}
+    return {"source": config.data.source}
+
+
+def _setting(config: Config) -> str:
+    """The beginning of a message about the data's content."""
+    if config.data.sources:
+        return "data.sources hold, or mix in other shares,"
+    return f"data.source={show(config.data.source)} holds"

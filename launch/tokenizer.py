@@ -8,12 +8,28 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 END_OF_DOCUMENT = 256
 VOCABULARY = 257
 FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 END_TEXT = "<|end_of_document|>"
+
+
+_SENTINELS = (
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # noqa: RUF001, as DeepSeek writes them
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+)
+"""What published tokenizers call the marks of fill in the middle: DeepSeek's, Qwen's and StarCoder's."""
+
+
+class Sentinels(NamedTuple):
+    """The marks of fill in the middle, in order: before the prefix, before the suffix, before the middle."""
+
+    prefix: int
+    suffix: int
+    middle: int
 
 
 class TokenizerError(ValueError):
@@ -25,6 +41,8 @@ class Tokenizer(Protocol):
     """Tokens that there are: all are below it."""
     end: int
     """The token after, and before, every document."""
+    sentinels: Sentinels | None
+    """None: the tokenizer has none, or none of a known name."""
 
     def encode(self, text: bytes) -> list[int]:
         """``text``: UTF-8; what is not is an affair of the tokenizer."""
@@ -38,9 +56,11 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """Token 0..255 is the byte of that value; any bytes are text."""
+    """Token 0..255 is the byte of that value; any bytes are text. ``size`` leaves out the marks of fill in the middle,
+    which come after it: few models have them."""
 
     size, end = VOCABULARY, END_OF_DOCUMENT
+    sentinels: Sentinels | None = Sentinels(VOCABULARY, VOCABULARY + 1, VOCABULARY + 2)
 
     def encode(self, text: bytes) -> list[int]:
         return list(text)
@@ -66,6 +86,7 @@ class PublishedTokenizer:
             raise TokenizerError(f"{path} is no tokenizer: {' '.join(str(error).split())}") from None
         self.size, self.end = max(self._rust.get_vocab().values(), default=-1) + 1, end
         self._path = path
+        self.sentinels = self._find_sentinels()
 
     def encode(self, text: bytes) -> list[int]:
         # What is not UTF-8 is read as the replacement character: the vocabulary is one of characters.
@@ -75,6 +96,13 @@ class PublishedTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         text: str = self._rust.decode(list(tokens))
         return text
+
+    def _find_sentinels(self) -> Sentinels | None:
+        for names in _SENTINELS:
+            tokens = [token for name in names if (token := self._rust.token_to_id(name)) is not None]
+            if len(tokens) == len(names):
+                return Sentinels(*tokens)
+        return None
 
     def identity(self) -> str:
         return f"{hashlib.sha256(self._path.read_bytes()).hexdigest()} {self.end}"

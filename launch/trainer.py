@@ -90,6 +90,8 @@ class Trainer:
         self.folder.events.write("start", world_size=dist.get_world_size(), changed=changes)
         for change in changes:
             self._say(f"changed since the last start: {change}")
+        for line in self.data.summary(self.values.batches.sequences_before(self.config.train.steps)):
+            self._say(line)
         return lock
 
     def _expect_faults(self, plan: Plan) -> None:
@@ -201,7 +203,10 @@ class Trainer:
         self.progress = Progress(self.progress.step + 1, self.progress.sequences + sequences)
         if self.recorder is not None:
             self.recorder.add(self.progress.step, result.spans, worker.program_of(sequences))
-        return _entry(self.progress, result, values, self.config.train.sequence_length, seconds), result.stop
+        entry = _entry(self.progress, result, values, self.config.train.sequence_length, seconds)
+        if len(self.data.corpora) > 1:
+            entry["source_tokens"] = self.data.source_tokens(self.progress.sequences)
+        return entry, result.stop
 
     def _validate(self) -> float | None:
         """Bits per byte over the validation sequences; None when there are none to score."""

@@ -262,7 +262,9 @@ def test_a_tokenizer_of_its_own_travels_with_the_model(theirs: Path, tmp_path: P
     assert (own / "tokenizer.json").exists()
     config = load(tmp_path / "run" / "config.yaml")
     assert config.data.tokenizer == str(own)
-    assert max(open_dataset(config).train) <= 2 and json.loads((tmp_path / "run" / "data.json").read_text()) == {
+    assert max(open_dataset(config).corpora[0].train) <= 2 and json.loads(
+        (tmp_path / "run" / "data.json").read_text()
+    ) == {
         "source": str(text),
         "fingerprint": open_dataset(config).fingerprint,
     }
