@@ -159,6 +159,11 @@ class CheckpointConfig:
     """Steps between two checkpoints; 0 writes one at the end only."""
     keep: int = 2
     """Newest complete checkpoints that are kept."""
+    asynchronous: bool = True
+    """Write while training goes on, from a copy of the rank's shard in host memory; the last one is waited for at the
+    end, and one that is under way when the next is due. False saves that memory, and training waits for the disk."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """What a checkpoint that cannot be written does to the run: end it, or be reported, the one at the end excepted."""
 
     def __post_init__(self) -> None:
         _check_count("checkpoint.every", self.every)

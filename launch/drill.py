@@ -109,7 +109,7 @@ def _list(scenarios: Sequence[Scenario], as_json: bool) -> None:
         print(json.dumps([{"scenario": s.name, "broken": s.broken, "again": s.again.value} for s in scenarios]))
         return
     for scenario in scenarios:
-        print(f"{scenario.name:<15} {scenario.broken}; started again by {scenario.again.value}")
+        print(f"{scenario.name:<16} {scenario.broken}; started again by {scenario.again.value}")
 
 
 def _run(scenarios: Sequence[Scenario], config: Config, folder: Path, arguments: argparse.Namespace) -> list[Verdict]:
@@ -131,7 +131,7 @@ def _run(scenarios: Sequence[Scenario], config: Config, folder: Path, arguments:
     return verdicts
 
 
-_WIDTHS = (15, 48, 50, 9, 7, 4, 7, 4)
+_WIDTHS = (16, 51, 50, 9, 7, 4, 7, 4)
 
 
 def _line(*cells: str) -> str:

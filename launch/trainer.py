@@ -27,6 +27,7 @@ from launch.train import DIVERGED
 from parallel import checkpoint
 from parallel.checkpoint import CheckpointError, DamagedCheckpointError, Progress
 from parallel.phases import StepValues
+from parallel.saver import Saver
 from parallel.stage import PADDING
 from parallel.worker import Job, StepResult, Worker
 
@@ -70,11 +71,15 @@ class Trainer:
             if drill is not None:
                 self._expect_faults(drill)
             self._resume()
+            keep, asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
+            self.saver = Saver(self.folder.checkpoints, self.worker, keep, asynchronous)
+            self.worker.end.readers.append(self.saver.copied)
             stopped = self._train()
         except Diverged as error:
             if self.leads:
                 self.folder.events.write("diverged", step=self.progress.step + 1, error=str(error))
                 print(f"error: {error}", file=sys.stderr, flush=True)
+            self._settle(wait=True)
             return DIVERGED
         finally:
             if lock is not None:
@@ -154,11 +159,13 @@ class Trainer:
                     )
                 if every and step % every == 0:
                     saved = self._save()
+                self._settle(needed=stopped or step == train.steps)
             if self.progress.step > saved:
                 self._save()
         stopped = stopped and self.progress.step < train.steps
         if validation is None and not stopped:
             validation = self._validate()
+        self._settle(wait=True, needed=True)
         if log is not None:
             self._finish(log, validation, stopped)
         return (self.stop.signal or signal.SIGINT) if stopped else 0
@@ -221,13 +228,30 @@ class Trainer:
         return bits_per_byte(total, len(rows) * length, self.data.bytes_per_token)
 
     def _save(self) -> int:
-        keep = self.config.checkpoint.keep
-        path = checkpoint.save(self.folder.checkpoints, self.worker, self.progress, keep, self.spoiled)
-        if self.leads:
-            self.folder.events.write("checkpoint", step=self.progress.step, path=str(path))
+        """Begin a checkpoint. Every one that is due is written: the one before is waited for if it is under way."""
+        self._settle(wait=True)
+        self.saver.begin(self.progress, self.spoiled)
         if self.recorder is not None:
             self.recorder.write(self.folder.path)
         return self.progress.step
+
+    def _settle(self, wait: bool = False, needed: bool = False) -> None:
+        """Record the end of a save that is over on all ranks, or wait for it. Collective. Raises CheckpointError, when
+        it is ``needed`` whatever the user said: nothing goes on after it."""
+        saving = self.saver.underway
+        if saving is None or not (wait or self.saver.is_over()):
+            return
+        try:
+            path = self.saver.finish()
+        except CheckpointError as error:
+            if needed or self.config.checkpoint.on_error == "stop":
+                raise
+            if self.leads:
+                self.folder.events.write("checkpoint failed", step=saving.step, error=str(error))
+                print(f"{error}; training goes on", file=sys.stderr, flush=True)
+            return
+        if self.leads:
+            self.folder.events.write("checkpoint", step=saving.step, path=str(path))
 
     def _finish(self, log: MetricsLog, validation: float | None, stopped: bool) -> None:
         entries = log.entries()

@@ -4,18 +4,15 @@ A parameter's state (master, first and second moment) is a one-dimensional tenso
 rank contributes the ranges that its shards hold; nothing in the folder depends on the layout that wrote it. The files
 and their index are torch's distributed checkpoint; beside them ``state.json`` has the step and the data position.
 
-A save goes into ``.NAME.partial``, is flushed to disk and then renamed, so that whatever is called ``step-...`` was
-complete at that moment. A manifest has the checksum of every file: what a disk does to one later is seen before it is
-loaded.
+A save (``saver.py``) goes into ``.NAME.partial``, is flushed to disk and then renamed, so that whatever is called
+``step-...`` was complete at that moment. A manifest has the checksum of every file: what a disk does to one later is
+seen before it is loaded.
 """
 
-import itertools
 import json
 import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -23,38 +20,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    ReadItem,
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
-from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from model.router import Router
 from model.transformer import Transformer
 from parallel import manifest
 from parallel.manifest import MANIFEST, Entry
+from parallel.snapshot import Piece
 from parallel.worker import Worker
 
-_PREFIX = "step-"
+PREFIX = "step-"
+INDEX = ".metadata"
 _STATE = "state.json"
-_INDEX = ".metadata"
-_NO_ROOM_BYTES = 1 << 16
-"""Free bytes up to which a failed write is put down to a full file system."""
 
 
 class CheckpointError(ValueError):
@@ -73,20 +55,6 @@ class Progress:
     sequences: int
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Elements ``offset`` .. of the one-dimensional tensor ``name`` of ``total`` elements, held here."""
-
-    name: str
-    tensor: Tensor
-    offset: int
-    total: int
-
-    @property
-    def chunk(self) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(torch.Size([self.offset]), torch.Size([self.tensor.numel()]))
-
-
 def pieces(worker: Worker, rng: Tensor, loading: bool) -> list[Piece]:
     """Everything that a rank saves, or needs. What several ranks hold alike (the routers' biases) is needed by all of
     them and saved by one."""
@@ -101,25 +69,6 @@ def pieces(worker: Worker, rng: Tensor, loading: bool) -> list[Piece]:
             if isinstance(module, Router) and (loading or held.counts):
                 found.append(Piece(f"bias.{name.removesuffix('.router')}", module.bias_E, 0, module.bias_E.numel()))
     return found
-
-
-class _SavePlanner(DefaultSavePlanner):
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        super().__init__(flatten_state_dict=False)
-        self._pieces = {MetadataIndex(p.name, torch.Size([p.offset])): p for p in pieces}
-
-    def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([self._item(index, piece) for index, piece in self._pieces.items()])
-        return self.plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return self._pieces[write_item.index].tensor.detach().cpu()
-
-    @staticmethod
-    def _item(index: MetadataIndex, piece: Piece) -> WriteItem:
-        properties = TensorProperties.create_from_tensor(piece.tensor)
-        data = TensorWriteData(piece.chunk, properties, torch.Size([piece.total]))
-        return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
 
 
 class _LoadPlanner(DefaultLoadPlanner):
@@ -152,42 +101,6 @@ def _elements(stored: Any) -> str:
     return "none" if stored is None else f"{stored.size.numel()} elements"
 
 
-def save(folder: Path, worker: Worker, progress: Progress, keep: int, spoiled: Set[Path] = frozenset()) -> Path:
-    """Write a checkpoint under ``folder`` and delete complete ones but for the newest ``keep``. Collective.
-    ``spoiled``: those that are known not to be what was written; they neither count nor go.
-
-    Raises CheckpointError on every rank when any of them cannot write; what was there before stays as it was.
-    """
-    final = folder / f"{_PREFIX}{progress.step:08d}"
-    partial = folder / f".{final.name}.partial"
-    leads = worker.rank == 0
-
-    def begin() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-
-    try:
-        _on_leader(begin, leads)
-        planner = _SavePlanner(pieces(worker, torch.get_rng_state(), loading=False))
-        save_distributed({}, checkpoint_id=partial, planner=planner, no_dist=not dist.is_initialized())
-        entries = _describe_own(partial, worker.rank)
-        _on_leader(lambda: _publish(partial, final, progress, entries), leads)
-    except (CheckpointException, OSError) as error:
-        cause = _cause(error) if _has_room(folder) else os.strerror(ENOSPC)  # before the partial one makes room again
-        if leads:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"checkpoint {final} cannot be written: {cause}") from error
-    if leads:
-        # Damaged ones neither count nor go: they are evidence, and not ours to judge by their names.
-        complete = [
-            path for path in published(folder) if path == final or (path not in spoiled and missing(path) is None)
-        ]
-        for old in complete[:-keep]:
-            if old != final:
-                shutil.rmtree(old, ignore_errors=True)
-    return final
-
-
 def load(path: Path, worker: Worker) -> Progress:
     """Restore a rank's state from a checkpoint of the same model, whatever the layout that wrote it. Collective.
 
@@ -204,12 +117,17 @@ def load(path: Path, worker: Worker) -> Progress:
         load_distributed({}, checkpoint_id=path, planner=planner, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {_cause(error)}") from error
+    adopt(worker, progress, rng)
+    return progress
+
+
+def adopt(worker: Worker, progress: Progress, rng: Tensor) -> None:
+    """Go on from the values that are in the worker's pieces. Collective."""
     torch.set_rng_state(rng)
     worker.optimizer.steps = progress.step
     for bucket in worker.optimizer.buckets:
         bucket.publish()
         bucket.gather()
-    return progress
 
 
 def damage(path: Path) -> str | None:
@@ -226,25 +144,6 @@ def damage(path: Path) -> str | None:
     return next((what for what in found if what is not None), None)
 
 
-def _describe_own(partial: Path, rank: int) -> dict[str, Entry]:
-    """The manifest's entries of what all ranks wrote, each read by who wrote it. An OSError is raised on every rank."""
-    own: dict[str, Entry] | OSError
-    try:
-        own = manifest.describe(partial, (file.name for file in partial.glob(f"__{rank}_*")))
-    except OSError as error:
-        own = error
-    found: list[dict[str, Entry] | OSError] = [own]
-    if dist.is_initialized():
-        found = found * dist.get_world_size()
-        dist.all_gather_object(found, own)
-    entries: dict[str, Entry] = {}
-    for part in found:
-        if isinstance(part, OSError):
-            raise part
-        entries |= part
-    return entries
-
-
 def _refuse_strangers(path: Path, worker: Worker) -> None:
     """A parameter that the checkpoint has and the model has not would be left out without a word."""
     with torch.device("meta"):
@@ -256,13 +155,13 @@ def _refuse_strangers(path: Path, worker: Worker) -> None:
 
 def published(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first, whole or not."""
-    steps = {path: path.name[len(_PREFIX) :] for path in folder.glob(f"{_PREFIX}*")}  # "step-6.best" is a user's own
+    steps = {path: path.name[len(PREFIX) :] for path in folder.glob(f"{PREFIX}*")}  # "step-6.best" is a user's own
     return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
 
 def missing(path: Path) -> str | None:
     """What a checkpoint lacks to be complete (a file, or a part of one), or None."""
-    for name in (_STATE, _INDEX, MANIFEST):
+    for name in (_STATE, INDEX, MANIFEST):
         if not (path / name).is_file():
             return f"{name} is missing"
     try:
@@ -280,7 +179,7 @@ def missing(path: Path) -> str | None:
         for place in (FileSystemReader(path).read_metadata().storage_data or {}).values():
             needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
     except Exception as error:  # whatever unpickling other bytes may raise
-        return f"{_INDEX} is damaged ({' '.join(str(error).split())})"
+        return f"{INDEX} is damaged ({' '.join(str(error).split())})"
     for name, size in needed.items():
         file = path / name
         if not file.is_file():
@@ -294,44 +193,18 @@ def seal(folder: Path, progress: Progress, entries: Mapping[str, Entry]) -> None
     """Put the progress and the manifest, of which ``entries`` are the payload's, beside the payload, and all of it on
     disk."""
     (folder / _STATE).write_text(json.dumps(asdict(progress)) + "\n")
-    manifest.write(folder, {**entries, **manifest.describe(folder, (_STATE, _INDEX))})
-    for file in (folder / _STATE, folder / MANIFEST, folder):
-        _fsync(file)
+    manifest.write(folder, {**entries, **manifest.describe(folder, (_STATE, INDEX))})
+    for file in (folder / INDEX, folder / _STATE, folder / MANIFEST, folder):
+        fsync(file)
 
 
-def _publish(partial: Path, final: Path, progress: Progress, entries: Mapping[str, Entry]) -> None:
-    seal(partial, progress, entries)
-    replaced = None
-    if final.exists():  # the same step, written by a run that was resumed from before it
-        damaged = manifest.problem(final) is not None
-        replaced = _unused(final.with_suffix(".damaged")) if damaged else partial.with_suffix(".replaced")
-        os.rename(final, replaced)
-    os.rename(partial, final)
-    _fsync(final.parent)
-    if replaced is not None and not damaged:  # a damaged one stays: it is evidence
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _unused(path: Path) -> Path:
-    """The path, or with the first number that makes it new."""
-    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
-    return next(candidate for candidate in (path, *itertools.islice(numbered, 1000)) if not candidate.exists())
-
-
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have the disk take what was written to a file or folder. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _has_room(folder: Path) -> bool:
-    """Whether the file system can take anything more: torch's own words on a full one are about its archive."""
-    try:
-        return shutil.disk_usage(folder).free > _NO_ROOM_BYTES
-    except OSError:
-        return True  # there is something else to say
 
 
 def _cause(error: BaseException) -> str:
@@ -343,17 +216,3 @@ def _cause(error: BaseException) -> str:
         return error.strerror
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__
-
-
-def _on_leader(action: Callable[[], None], leads: bool) -> None:
-    """Run ``action`` on rank 0 while the others wait. An OSError there is raised on every rank."""
-    box: list[OSError | None] = [None]
-    if leads:
-        try:
-            action()
-        except OSError as error:
-            box[0] = error
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    if box[0] is not None:
-        raise box[0]

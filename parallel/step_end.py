@@ -1,7 +1,7 @@
 """The end of a step, as the program calls it: REDUCE, STEP and GATHER over the stages that a rank holds."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,7 +65,8 @@ class ShardOptimizer(Protocol):
 
 class StepEnd:
     """Runs the end of a step. ``begin`` before each program; ``sums`` after it. ``layers``: of the model, with those of
-    multi-token prediction; ``ends``: the bucket that first and last stage share, if there is one.
+    multi-token prediction; ``ends``: the bucket that first and last stage share, if there is one. ``readers``: called before the masters change, each
+    returns when it has read what it still needs of them.
 
     That bucket's gradients are whole once all of the rank's stages are, so it is reduced after the last of them, and
     gathered so: it is behind everything else on every rank that has it, and no two wait for each other crosswise.
@@ -85,6 +86,7 @@ class StepEnd:
     ) -> None:
         self.held, self.optimizer, self.layers, self.clip_norm = held, optimizer, layers, clip_norm
         self.traffic, self.stream, self.ends = traffic, stream, ends
+        self.readers: list[Callable[[], None]] = []
 
     def begin(self, learning_rate: float, bias_update_speed: float, stop: bool) -> None:
         self._learning_rate, self._bias_update_speed, self._stop = learning_rate, bias_update_speed, stop
@@ -112,6 +114,8 @@ class StepEnd:
         for held in self.held.values():
             if held.reducing is not None:
                 held.reducing.wait()
+        for finish_reading in self.readers:
+            finish_reading()
         self.sums = self._sums()
         # A gradient that is not finite would spoil every master: leave them be, and let the caller see the norm.
         if math.isfinite(self.sums.grad_norm):

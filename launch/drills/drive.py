@@ -62,13 +62,13 @@ class Evidence:
     leftovers: list[str]
 
 
-def drilled(config: Config, run: Path, restarts: int = 0) -> Config:
+def drilled(config: Config, run: Path, restarts: int = 0, asynchronous: bool = False) -> Config:
     """The configuration that is drilled: the user's, with few steps, many checkpoints and no validation."""
     return replace(
         config,
         train=replace(config.train, steps=STEPS, validate_every=0),
         data=replace(config.data, validation_sequences=0),
-        checkpoint=replace(config.checkpoint, every=EVERY, keep=STEPS // EVERY),
+        checkpoint=replace(config.checkpoint, every=EVERY, keep=STEPS // EVERY, asynchronous=asynchronous),
         recovery=replace(config.recovery, max_restarts=restarts),
         run=replace(config.run, dir=str(run), trace=False),
     )
@@ -76,7 +76,7 @@ def drilled(config: Config, run: Path, restarts: int = 0) -> Config:
 
 def undisturbed(config: Config, folder: Path) -> Evidence:
     """The run that all others are compared with."""
-    with Drive(config, Plan(folder / PLAN_FILE)) as drive:
+    with Drive(drilled(config, folder / "run"), Plan(folder / PLAN_FILE)) as drive:
         attempt = drive.start()
         return Evidence(drive.run, [attempt], [], None, drive.leftovers())
 
@@ -86,7 +86,8 @@ def disturbed(scenario: Scenario, config: Config, folder: Path, control: bool, l
     ``limit_seconds``. Raises ConfigError for faults that would never happen to this configuration."""
     restarts = len(scenario.faults) if scenario.again is Again.LAUNCHER and not control else 0
     plan = Plan(folder / PLAN_FILE, scenario.faults, verify_checkpoints=not control)
-    with Drive(config, plan, restarts, limit_seconds) as drive:
+    config = drilled(config, folder / "run", restarts, scenario.asynchronous)
+    with Drive(config, plan, limit_seconds) as drive:
         attempts, damaged = [drive.start(scenario.interrupt)], None
         # A launcher that was killed cannot remove its temporary files; its processes have to be gone all the same.
         leftovers = drive.leftovers(files_too=scenario.interrupt is not signal.SIGKILL)
@@ -99,14 +100,14 @@ def disturbed(scenario: Scenario, config: Config, folder: Path, control: bool, l
 
 
 class Drive:
-    """The starts of one run, in the folder of its plan, which is made here; each may take ``limit_seconds``.
+    """The starts of one run, whose folder and configuration are in the folder of its plan, which is made here; each may
+    take ``limit_seconds``.
 
     A context manager; once it is left, by whatever way, no process of the run is alive.
     """
 
-    def __init__(self, config: Config, plan: Plan, restarts: int = 0, limit_seconds: float = math.inf) -> None:
+    def __init__(self, config: Config, plan: Plan, limit_seconds: float = math.inf) -> None:
         folder = plan.file.parent
-        config = drilled(config, folder / "run", restarts)
         plan.check(config)
         self.plan, self.limit_seconds, self.run = plan, limit_seconds, RunFolder(config)
         self.config_file, self.output, self.temporary = folder / "config.yaml", folder / "output.txt", folder / "tmp"

@@ -34,6 +34,8 @@ class Scenario:
     damage: Damage | None = None
     again: Again = Again.USER
     status: int = 0
+    asynchronous: bool = False
+    """Whether checkpoints are written behind the loop. Otherwise it is known which steps a checkpoint has."""
 
 
 def _rank_dies(name: str, action: Action, point: Point, broken: str, rank: int = -1) -> Scenario:
@@ -57,6 +59,14 @@ _ALL = (
     _rank_dies("segfault", Action.SEGFAULT, Point.FORWARD, "segmentation fault in the last rank"),
     _rank_dies("abort", Action.ABORT, Point.BACKWARD, "abort in the last rank"),
     Scenario(
+        "kill-writer",
+        "last rank killed while it writes behind the loop",
+        lost_steps=EVERY + 1,  # the next step may be taken meanwhile
+        faults=(Fault(Action.KILL, -1, _FAULT_STEP, Point.SHARD),),
+        again=Again.LAUNCHER,
+        asynchronous=True,
+    ),
+    Scenario(
         "kill-two",
         "first and last rank killed at once",
         lost_steps=1,
@@ -77,6 +87,14 @@ _ALL = (
         lost_steps=EVERY,
         faults=(Fault(Action.FULL_DISK, -1, _FAULT_STEP, Point.SHARD),),
         status=2,
+    ),
+    Scenario(
+        "disk-full-behind",
+        "no room for a shard that is written behind the loop",
+        lost_steps=EVERY + 2,  # until the other ranks know, they may take a step or two
+        faults=(Fault(Action.FULL_DISK, -1, _FAULT_STEP, Point.SHARD),),
+        status=2,
+        asynchronous=True,
     ),
 )
 

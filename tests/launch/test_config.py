@@ -147,7 +147,7 @@ def test_text_is_taken_as_it_stands(tmp_path: Path) -> None:
             "train.learning_rate=3",
             ["train.learning_rate is not a key", "did you mean optimizer.learning_rate or phases."],
         ),
-        ("checkpoint.zzz=3", ["checkpoint.zzz is not a key", "checkpoint has every, keep"]),
+        ("checkpoint.zzz=3", ["checkpoint.zzz is not a key", "checkpoint has every, keep, asynchronous, on_error"]),
         ("zzz.steps.x=3", ["zzz.steps.x is not a key", "the sections are model, layout"]),
         ("train.steps=2147483648", ["train.steps=2147483648", "below 2147483648"]),
         ("checkpoint.every=1e99", ["checkpoint.every=1e+99", "integer"]),

@@ -248,7 +248,8 @@ def test_only_the_drills_own_processes_are_ended(tmp_path: Path, monkeypatch: py
         assert process.stdout is not None and process.stdout.readline() == b"\n"
         return process
 
-    with Drive(config, Plan(tmp_path / "drill" / "plan.json")) as mine:
+    plan = Plan(tmp_path / "drill" / "plan.json")
+    with Drive(drive.drilled(config, plan.file.with_name("run")), plan) as mine:
         own, other = started(mine.plan.file), started(tmp_path / "plan.json")
         try:
             (mine.temporary / "forgotten").touch()

@@ -51,6 +51,24 @@ def test_a_process_that_is_killed_is_named_and_takes_all_with_it(config: Path, t
     assert_gone(everyone)
 
 
+def test_training_goes_on_without_a_checkpoint_if_the_user_said_so_but_does_not_end_without_one(
+    config: Path, tmp_path: Path
+) -> None:
+    assert train(config, *ONE_RANK, "train.steps=1").returncode == 0
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for step in (2, 6):
+        (checkpoints / f".step-0000000{step}.partial").write_text("a file in the way")
+    result = train(config, *ONE_RANK, "train.steps=6", "checkpoint.on_error=continue")
+    assert result.returncode == 2
+    cannot = f"checkpoint {checkpoints}/step-%s cannot be written: File exists"
+    first, last = result.stderr.splitlines()
+    assert (first, last) == (f"{cannot % '00000002'}; training goes on", f"error: {cannot % '00000006'}")
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    kept = [(e["event"], e["step"]) for e in events if "checkpoint" in e["event"]]
+    assert kept == [("checkpoint", 1), ("checkpoint failed", 2), ("checkpoint", 4)]
+    assert len(entries(tmp_path / "run")) == 6
+
+
 def test_a_run_survives_the_terminal_only_under_nohup(config: Path, tmp_path: Path) -> None:
     for nohup, status in ((True, 143), (False, 129)):
         process = subprocess.Popen(

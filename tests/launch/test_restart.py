@@ -25,7 +25,7 @@ def test_a_run_goes_on_by_itself_until_its_restarts_are_used_up(config: Path, tm
     plan = Plan(tmp_path / "plan.json", (raised, killed))
     plan.write()
     result = subprocess.run(
-        command(config, *TWO_RANKS, "recovery.max_restarts=1"),
+        command(config, *TWO_RANKS, "recovery.max_restarts=1", "checkpoint.asynchronous=false"),
         cwd=ROOT,
         env={**os.environ, PLAN: str(plan.file)},
         capture_output=True,

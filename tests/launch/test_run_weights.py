@@ -8,7 +8,7 @@ import torch
 
 from launch.run_weights import RunWeights, newest
 from model.huggingface import published
-from parallel import checkpoint
+from parallel import saver
 from parallel.checkpoint import CheckpointError, Progress
 from parallel.mesh import Layout
 from parallel.optimizer_config import OptimizerConfig
@@ -42,7 +42,7 @@ def save(rank: int, layout: Layout, folder: Path) -> None:
         for layer, block in held.stage.model.blocks():
             if block.router is not None:
                 block.router.bias_E.copy_(torch.arange(8) + layer)
-    checkpoint.save(folder, worker, Progress(0, 0), keep=1)
+    saver.save(folder, worker, Progress(0, 0), keep=1)
 
 
 @pytest.fixture(scope="module")

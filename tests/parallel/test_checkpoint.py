@@ -15,20 +15,13 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import filesystem
 
 from parallel import checkpoint
-from parallel.checkpoint import (
-    CheckpointError,
-    DamagedCheckpointError,
-    Progress,
-    load,
-    missing,
-    published,
-    save,
-)
+from parallel.checkpoint import CheckpointError, DamagedCheckpointError, Progress, load, missing, published
 from parallel.mesh import Layout
 from parallel.optimizer_config import OptimizerConfig
+from parallel.saver import save
+from parallel.shard_file import ShardFile
 from parallel.worker import Job, StepResult, Worker
 from tests.model.tiny import tiny
 from tests.ranks import run_ranks
@@ -140,7 +133,7 @@ def writer_fails() -> Iterator[None]:
     def no_space(*arguments: Any, **options: Any) -> None:
         raise OSError(ENOSPC, os.strerror(ENOSPC))
 
-    with patch.object(filesystem, "_write_item", no_space):
+    with patch.object(ShardFile, "write", no_space):
         yield
 
 
@@ -157,7 +150,7 @@ def small_files() -> Iterator[None]:
 
 @contextmanager
 def flush_fails() -> Iterator[None]:
-    with patch.object(checkpoint, "_fsync", side_effect=OSError(EIO, os.strerror(EIO))):
+    with patch.object(checkpoint, "fsync", side_effect=OSError(EIO, os.strerror(EIO))):
         yield
 
 
@@ -341,7 +334,6 @@ def test_a_checkpoint_of_another_model_is_refused_by_tensor(
 
 @pytest.mark.parametrize("kilobytes", [64, 380, 390, 400, 410, 420])
 def test_a_full_file_system_is_said_to_be_full(tmp_path: Path, kilobytes: int) -> None:
-    """Of some that fill up inside a tensor, torch says that a position in its archive is unexpected."""
     if os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("needs root, to mount a small file system")
     if subprocess.run(

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel import checkpoint
+from parallel import checkpoint, saver
 from parallel.checkpoint import Progress
 from parallel.deepspeed_backend import BackendUnavailable
 from parallel.mesh import Layout
@@ -93,7 +93,7 @@ def resume(rank: int, layout: Layout, folder: Path) -> tuple[Figures, list[Figur
     for before, after in (("native", "deepspeed"), ("deepspeed", "native")):
         worker = worker_of(before, layout, rank)
         steps(worker, range(2))
-        path = checkpoint.save(folder / before, worker, Progress(2, 2 * JOB.global_batch_size), keep=1)
+        path = saver.save(folder / before, worker, Progress(2, 2 * JOB.global_batch_size), keep=1)
         worker = worker_of(after, layout, rank)
         assert checkpoint.load(path, worker).step == 2
         resumed.append(figures(steps(worker, range(2, 4))))

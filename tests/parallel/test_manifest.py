@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from parallel import manifest
-from parallel.checkpoint import Progress, damage, save
+from parallel.checkpoint import Progress, damage
 from parallel.manifest import MANIFEST
+from parallel.saver import save
 from tests.parallel.test_checkpoint import alone, files, step
 
 # torch says so where a single process has no process group.
