@@ -29,18 +29,16 @@ class Piece:
 
 class Snapshot:
     """A copy of the values of some pieces, made again and again in the same memory: ``memory``, uint8 [size_bytes], or
-    some of its own. Every page is touched here, so that no copy waits for one.
+    some of its own, of which every page is touched here, so that no copy waits for one.
 
     ``mark`` by who changes the pieces, then ``fill`` by whatever thread; until that returns they must not change.
     """
 
     def __init__(self, pieces: Sequence[Piece], memory: Tensor | None = None) -> None:
         self._sources = [piece.tensor for piece in pieces]
-        self.memory = (
-            memory if memory is not None else torch.frombuffer(mmap(-1, size_bytes(pieces)), dtype=torch.uint8)
-        )
-        self.memory.zero_()
-        self.tensors, start = [], 0
+        if memory is None:
+            memory = torch.frombuffer(mmap(-1, size_bytes(pieces)), dtype=torch.uint8).zero_()
+        self.memory, self.tensors, start = memory, list[Tensor](), 0
         for tensor in self._sources:
             self.tensors.append(self.memory[start : start + tensor.nbytes].view(tensor.dtype))
             start += _aligned(tensor.nbytes)
