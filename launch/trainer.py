@@ -159,13 +159,13 @@ class Trainer:
                     )
                 if every and step % every == 0:
                     saved = self._save()
-                self._settle(needed=stopped or step == train.steps)
+                self._settle(last=stopped or step == train.steps)
             if self.progress.step > saved:
                 self._save()
         stopped = stopped and self.progress.step < train.steps
         if validation is None and not stopped:
             validation = self._validate()
-        self._settle(wait=True, needed=True)
+        self._settle(wait=True, last=True)
         if log is not None:
             self._finish(log, validation, stopped)
         return (self.stop.signal or signal.SIGINT) if stopped else 0
@@ -235,16 +235,16 @@ class Trainer:
             self.recorder.write(self.folder.path)
         return self.progress.step
 
-    def _settle(self, wait: bool = False, needed: bool = False) -> None:
-        """Record the end of a save that is over on all ranks, or wait for it. Collective. Raises CheckpointError, when
-        it is ``needed`` whatever the user said: nothing goes on after it."""
+    def _settle(self, wait: bool = False, last: bool = False) -> None:
+        """Record the end of a save that is over on all ranks, or wait for it. Collective. Raises CheckpointError; after
+        the ``last`` step whatever the user said, because nothing goes on."""
         saving = self.saver.underway
         if saving is None or not (wait or self.saver.is_over()):
             return
         try:
             path = self.saver.finish()
         except CheckpointError as error:
-            if needed or self.config.checkpoint.on_error == "stop":
+            if (last and saving == self.progress) or self.config.checkpoint.on_error == "stop":
                 raise
             if self.leads:
                 self.folder.events.write("checkpoint failed", step=saving.step, error=str(error))

@@ -65,8 +65,8 @@ class ShardOptimizer(Protocol):
 
 class StepEnd:
     """Runs the end of a step. ``begin`` before each program; ``sums`` after it. ``layers``: of the model, with those of
-    multi-token prediction; ``ends``: the bucket that first and last stage share, if there is one. ``readers``: called before the masters change, each
-    returns when it has read what it still needs of them.
+    multi-token prediction; ``readers``: called before the masters change, each returns when it has read what it still
+    needs of them; ``ends``: the bucket that first and last stage share, if there is one.
 
     That bucket's gradients are whole once all of the rank's stages are, so it is reduced after the last of them, and
     gathered so: it is behind everything else on every rank that has it, and no two wait for each other crosswise.
