@@ -28,7 +28,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from benchmarks.measure import fastest, median, take_turns, top_operators
 from benchmarks.transformers_peer import build_peer, peer_loss
-from launch.config import load
+from launch.config import Config, load
 from launch.rank import keep_memory
 from model.config import ModelConfig
 from model.transformer import Transformer
@@ -286,6 +286,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _micro_batches(config: Config) -> int:
+    return config.train.global_batch_size // config.train.micro_batch_size
+
+
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     config = load(CONFIG)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peer", description=(__doc__ or "").split("\n\n")[0])
@@ -294,7 +298,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=config.model.num_hidden_layers)
     parser.add_argument("--sequence", type=int, default=config.train.sequence_length, help="tokens")
     parser.add_argument("--micro-batch", type=int, default=config.train.micro_batch_size, help="sequences")
-    parser.add_argument("--micro-batches", type=int, default=4, help="accumulated in a step")
+    parser.add_argument("--micro-batches", type=int, default=_micro_batches(config), help="accumulated in a step")
     parser.add_argument("--steps", type=int, default=9, help="measured steps of each, at least 2")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--profile", action="store_true", help="print the top operators of one step of each")
