@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if length is not None and not 1 <= length < 2**31:
             raise UsageError(f"--sequence-length={length} must be from 1 to 2**31 - 1")
         documents = _documents(arguments.data)
-        result = evaluate(load_model(arguments.model), documents, length)
+        result = evaluate(load_model(arguments.model, arguments.ema), documents, length)
         print(json.dumps(asdict(result)) if arguments.json else _text(result))
 
     return reported(command)
@@ -79,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="tokens that the model sees at once (default: those of the run, or the smaller of 1024 and its context)",
+    )
+    parser.add_argument(
+        "--ema", action="store_true", help="the moving average of a run's weights (optimizer.ema_decay)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

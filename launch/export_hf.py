@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         arguments = _parser().parse_args(argv)
-        export(arguments.run, arguments.hf, arguments.dtype, SHARD_BYTES)
+        export(arguments.run, arguments.hf, arguments.dtype, SHARD_BYTES, arguments.ema)
 
     return reported(command)
 
@@ -55,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--hf", required=True, type=Path, metavar="DIR", help="folder to make; must not exist")
     parser.add_argument("--dtype", choices=list(_DTYPES), default="bf16", help="of the weights (default bf16)")
+    parser.add_argument(
+        "--ema", action="store_true", help="the moving average of a run's weights (optimizer.ema_decay)"
+    )
     return parser
 
 
@@ -66,9 +69,9 @@ def _origin(run: Run) -> Path | None:
     return None if name == "bytes" else Path(name).expanduser()
 
 
-def export(path: Path, target: Path, dtype_name: str, shard_bytes: int) -> None:
+def export(path: Path, target: Path, dtype_name: str, shard_bytes: int, ema: bool = False) -> None:
     """``shard_bytes``: size of a file, at most. Raises one of the users' errors."""
-    run = open_run(path)
+    run = open_run(path, ema)
     dtype = _DTYPES[dtype_name]
     origin = _origin(run)
     special = _special_tokens(origin)
@@ -80,6 +83,7 @@ def export(path: Path, target: Path, dtype_name: str, shard_bytes: int) -> None:
         "checkpoint": str(run.weights.path.absolute()),
         "index": hashlib.sha256(index).hexdigest(),
         "dtype": dtype_name,
+        "ema": ema,
         "files": list(files),
     }
     with built_aside(target, "--hf", source) as partial:
@@ -94,7 +98,7 @@ def export(path: Path, target: Path, dtype_name: str, shard_bytes: int) -> None:
             for name in ORIGIN_FILES:
                 if name != "config.json" and (origin / name).is_file():
                     shutil.copyfile(origin / name, partial / name)
-    print(f"{target}: {run.weights.path.name} of {path} in {dtype_name}")
+    print(f"{target}: {run.weights.path.name} of {path}{', its average,' if ema else ''} in {dtype_name}")
 
 
 def _special_tokens(origin: Path | None) -> dict[str, Any]:

@@ -41,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
         help="0 (the default) takes the most probable token, 1 draws from the model's own distribution",
     )
     parser.add_argument("--seed", type=int, default=1, help="of the draws (default 1)")
+    parser.add_argument(
+        "--ema", action="store_true", help="the moving average of a run's weights (optimizer.ema_decay)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -54,7 +57,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         "must be finite, not negative",
     )
     _check(0 <= arguments.seed < 2**63, "--seed", arguments.seed, "must be from 0 to 2**63 - 1")
-    loaded = load_model(arguments.model)
+    loaded = load_model(arguments.model, arguments.ema)
     tokenizer = loaded.tokenizer
     # Every document follows the end of another one, so a prompt does too.
     prompt = [tokenizer.end, *tokenizer.encode(os.fsencode(arguments.prompt))]

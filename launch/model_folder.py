@@ -66,12 +66,12 @@ class Run:
     weights: RunWeights
 
 
-def open_run(path: Path) -> Run:
-    """Raises CheckpointError or ConfigError, naming what lacks."""
+def open_run(path: Path, ema: bool = False) -> Run:
+    """``ema``: with the average of the weights. Raises CheckpointError or ConfigError, naming what lacks."""
     if not (path / RUN_FILE).is_file():
         raise CheckpointError(f"{path} must be a run folder, and it has no {RUN_FILE}")
     config = load(path / RUN_FILE)
-    weights = RunWeights(newest(path / "checkpoints"))
+    weights = RunWeights(newest(path / "checkpoints"), ema)
     weights.check(list(published(config.model)))
     return Run(path, config, weights)
 
@@ -88,18 +88,21 @@ class LoadedModel:
     document_start: int | None = None
 
 
-def load_model(path: Path) -> LoadedModel:
-    """The model of a run or Hugging Face folder, on a GPU in BF16 where there is one, else on the CPU in FP32.
+def load_model(path: Path, ema: bool = False) -> LoadedModel:
+    """The model of a run or Hugging Face folder, on a GPU in BF16 where there is one, else on the CPU in FP32. ``ema``:
+    with a run's moving average for weights.
 
     Raises CheckpointError, ConfigError, TokenizerError or HuggingFaceError, one line each.
     """
     if (path / RUN_FILE).is_file():
-        run = open_run(path)
+        run = open_run(path, ema)
         tokenizer = run_tokenizer(path, run.config.data.tokenizer)
         config, read, source = run.config.model, run.weights.read, str(run.weights.path)
         length = run.config.train.sequence_length
         start = tokenizer.end if run.config.data.document_boundaries == "attention" else None
     elif (path / HUGGING_FACE_FILE).is_file():
+        if ema:
+            raise HuggingFaceError(f"--ema needs a run folder, and {path} is a Hugging Face model")
         theirs = open_hugging_face(path)
         tokenizer = published_tokenizer(path, theirs.values)
         config, read, source = theirs.config, theirs.folder.read, str(path)

@@ -46,33 +46,38 @@ def newest(checkpoints: Path) -> Path:
 
 
 class RunWeights:
-    """Raises CheckpointError, naming the parameter, when the checkpoint has not what is asked for."""
+    """``ema``: the average in place of the masters. Raises CheckpointError, naming the parameter, when the checkpoint
+    has not what is asked for."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, ema: bool = False) -> None:
+        self.path, self.ema = path, ema
         self._reader = FileSystemReader(path)
         self._metadata: Metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._held: tuple[tuple[str, int], Tensor] | None = None
+        if ema and not any(key.startswith("ema.") for key in self._metadata.state_dict_metadata):
+            raise CheckpointError(f"--ema: {path} has no average; optimizer.ema_decay above 0 keeps one")
 
     def check(self, tensors: Sequence[Published]) -> None:
         """Refuse a checkpoint of another model: parameters that lack, are of another size, or are no part of it."""
         wanted: dict[str, int] = {}
         for tensor in tensors:
-            wanted[_key(tensor)] = wanted.get(_key(tensor), 0) + tensor.numel
+            key = self._key(tensor)
+            wanted[key] = wanted.get(key, 0) + tensor.numel
         for key, numel in wanted.items():
             stored = self._stored(key)
             if stored.size.numel() != numel:
                 raise CheckpointError(
                     f"{key} in {self.path} has {stored.size.numel()} elements; the run's model has {numel}"
                 )
-        masters = {key for key in self._metadata.state_dict_metadata if key.startswith(("master.", "bias."))}
+        kinds = ("ema." if self.ema else "master.", "bias.")
+        masters = {key for key in self._metadata.state_dict_metadata if key.startswith(kinds)}
         if masters - wanted.keys():
             raise CheckpointError(f"{min(masters - wanted.keys())} in {self.path} is not in the run's model")
 
     def read(self, tensor: Published) -> Tensor:
         """FP32, in the published shape."""
-        key = _key(tensor)
+        key = self._key(tensor)
         out = torch.empty(tensor.numel)
         first, last = tensor.offset, tensor.offset + tensor.numel
         filled = 0
@@ -85,6 +90,10 @@ class RunWeights:
         if filled != tensor.numel:
             raise CheckpointError(f"{key} in {self.path} has {filled} of {tensor.numel} elements of {tensor.name}")
         return out.view(tensor.shape)
+
+    def _key(self, tensor: Published) -> str:
+        key = _key(tensor)
+        return key.replace("master.", "ema.", 1) if self.ema and not tensor.is_bias else key
 
     def _stored(self, key: str) -> TensorStorageMetadata:
         stored = self._metadata.state_dict_metadata.get(key)

@@ -1,8 +1,9 @@
 """Checkpoints: every rank writes what it owns, into a folder that appears under its name only when it is whole.
 
-A parameter's state (master, first and second moment) is a one-dimensional tensor of the whole model, of which each
-rank contributes the ranges that its shards hold; nothing in the folder depends on the layout that wrote it. The files
-and their index are torch's distributed checkpoint; beside them ``state.json`` has the step and the data position.
+A parameter's state (master, first and second moment, and its average if one is kept) is a one-dimensional tensor of the
+whole model, of which each rank contributes the ranges that its shards hold; nothing in the folder depends on the layout
+that wrote it. The files and their index are torch's distributed checkpoint; beside them ``state.json`` has the step and
+the data position.
 
 A save (``saver.py``) goes into ``.NAME.partial``, is flushed to disk and then renamed, so that whatever is called
 ``step-...`` was complete at that moment. A manifest has the checksum of every file: what a disk does to one later is
@@ -60,9 +61,16 @@ def pieces(worker: Worker, rng: Tensor, loading: bool) -> list[Piece]:
     them and saved by one."""
     found = [Piece(f"rng.{worker.rank}", rng, 0, rng.numel())]
     optimizer = worker.optimizer
-    for bucket, first, second in zip(optimizer.buckets, optimizer.first, optimizer.second, strict=True):
+    for number, bucket in enumerate(optimizer.buckets):
+        flats = {
+            "master": bucket.master,
+            "first_moment": optimizer.first[number],
+            "second_moment": optimizer.second[number],
+        }
+        if worker.average is not None:
+            flats["ema"] = worker.average.shards[number]
         for s in bucket.owned_segments():
-            for kind, flat in (("master", bucket.master), ("first_moment", first), ("second_moment", second)):
+            for kind, flat in flats.items():
                 found.append(Piece(f"{kind}.{s.name}", flat[s.start : s.start + s.numel], s.offset, s.total))
     for held in worker.held.values():
         for name, module in held.stage.model.named_modules():
@@ -75,6 +83,7 @@ class _LoadPlanner(DefaultLoadPlanner):
     def __init__(self, pieces: Sequence[Piece]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._wanted = {(p.name, p.offset): p for p in pieces}
+        self.lacks_average = False
 
     def create_local_plan(self) -> LoadPlan:
         assert isinstance(self.metadata, Metadata)
@@ -83,6 +92,9 @@ class _LoadPlanner(DefaultLoadPlanner):
             stored = self.metadata.state_dict_metadata.get(piece.name)
             if stored is None and piece.name.startswith("rng."):
                 continue  # written by fewer ranks: this one keeps the state that its seed gave it
+            if stored is None and piece.name.startswith("ema."):
+                self.lacks_average = True
+                continue
             if not isinstance(stored, TensorStorageMetadata) or stored.size != torch.Size([piece.total]):
                 raise CheckpointError(f"{piece.name} has {piece.total} elements here and {_elements(stored)} there")
             items += create_read_items_for_chunk_list(piece.name, stored, [piece.chunk])
@@ -109,6 +121,8 @@ def load(path: Path, worker: Worker) -> Progress:
     """
     if (what := damage(path)) is not None:
         raise DamagedCheckpointError(f"checkpoint {path} {what}")
+    if worker.average is not None:
+        worker.average.finish()
     rng = torch.get_rng_state()
     planner = _LoadPlanner(pieces(worker, rng, loading=True))
     try:
@@ -118,6 +132,8 @@ def load(path: Path, worker: Worker) -> Progress:
     except (CheckpointException, OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {_cause(error)}") from error
     adopt(worker, progress, rng)
+    if worker.average is not None and planner.lacks_average:  # written by a run that kept none
+        worker.average.restart()
     return progress
 
 

@@ -29,6 +29,8 @@ class OptimizerConfig:
     """Decoupled decay of matrices, a fraction a step, times the learning rate."""
     clip_norm: float = 1.0
     """Largest global gradient norm; a longer gradient is scaled down to it."""
+    ema_decay: float = 0.0
+    """Share of the parameters' moving average that a step keeps (parallel/ema.py); 0 keeps no average."""
     moments: Literal["fp32", "bf16"] = "fp32"
     """Storage of both moments."""
     backend: Literal["native", "deepspeed"] = "native"
@@ -41,7 +43,7 @@ class OptimizerConfig:
         for key in ("warmup_steps", "decay_steps", "weight_decay"):
             if getattr(self, key) < 0:
                 raise ValueError(f"optimizer.{key}={getattr(self, key)} must not be negative")
-        for key in ("beta1", "beta2"):
+        for key in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"optimizer.{key}={getattr(self, key)} must be at least 0 and below 1")
         if self.backend == "deepspeed" and self.moments != "fp32":

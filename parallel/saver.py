@@ -36,6 +36,7 @@ class Saver:
 
     def __init__(self, folder: Path, worker: Worker, keep: int, asynchronous: bool) -> None:
         self.folder, self.keep, self._leads = folder, keep, worker.rank == 0
+        self._average = worker.average
         self._rng = torch.get_rng_state()
         own = pieces(worker, self._rng, loading=False)
         self._tensors = [piece.tensor for piece in own]
@@ -91,6 +92,8 @@ class Saver:
     def _run(self, progress: Progress, spoiled: Set[Path]) -> None:
         try:
             try:
+                if self._average is not None:  # its thread may still be taking in the last step
+                    self._average.finish()
                 if self._snapshot is not None:
                     self._snapshot.fill()
             finally:

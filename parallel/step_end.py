@@ -11,6 +11,7 @@ from torch import Tensor
 
 from parallel.bucket import ALIGNMENT, Bucket
 from parallel.comm_stream import CommStream, Times
+from parallel.ema import Average
 from parallel.hop import Traffic
 from parallel.optimizer import clip_scale
 from parallel.stage import ModelStage
@@ -66,7 +67,8 @@ class ShardOptimizer(Protocol):
 class StepEnd:
     """Runs the end of a step. ``begin`` before each program; ``sums`` after it. ``layers``: of the model, with those of
     multi-token prediction; ``readers``: called before the masters change, each returns when it has read what it still
-    needs of them; ``ends``: the bucket that first and last stage share, if there is one.
+    needs of them; ``ends``: the bucket that first and last stage share, if there is one;
+    ``average``: of the masters, if one is kept: it takes in every step.
 
     That bucket's gradients are whole once all of the rank's stages are, so it is reduced after the last of them, and
     gathered so: it is behind everything else on every rank that has it, and no two wait for each other crosswise.
@@ -87,6 +89,7 @@ class StepEnd:
         self.held, self.optimizer, self.layers, self.clip_norm = held, optimizer, layers, clip_norm
         self.traffic, self.stream, self.ends = traffic, stream, ends
         self.readers: list[Callable[[], None]] = []
+        self.average: Average | None = None
 
     def begin(self, learning_rate: float, bias_update_speed: float, stop: bool) -> None:
         self._learning_rate, self._bias_update_speed, self._stop = learning_rate, bias_update_speed, stop
@@ -121,6 +124,8 @@ class StepEnd:
         if math.isfinite(self.sums.grad_norm):
             self.optimizer.update(self._learning_rate, clip_scale(self.sums.grad_norm, self.clip_norm))
             self._update_biases()
+            if self.average is not None:
+                self.average.start()
 
     def gather(self, stage: int) -> None:
         for bucket in self.held[stage].buckets:

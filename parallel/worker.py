@@ -24,6 +24,7 @@ from model.transformer import Transformer, expert_parameters, initialise
 from parallel.bucket import Bucket
 from parallel.comm_stream import Times, comm_stream
 from parallel.deepspeed_backend import DeepSpeedAdamW
+from parallel.ema import Average
 from parallel.exchange import GroupExchange
 from parallel.groups import Groups
 from parallel.hop import Hop, Traffic
@@ -124,8 +125,13 @@ class Worker:
             if job.optimizer.backend == "deepspeed"
             else AdamW(job.optimizer, buckets)
         )
+        decay = job.optimizer.ema_decay
+        self.average = Average(decay, buckets) if decay else None
         layers, clip_norm = job.model.num_hidden_layers + modules, job.optimizer.clip_norm
         self.end = StepEnd(self.held, self.optimizer, layers, clip_norm, self.traffic, self.stream, self.ends)
+        if self.average is not None:
+            self.end.average = self.average
+            self.end.readers.append(self.average.finish)
         self._evaluation: dict[int, Program] = {}
         like = torch.empty(
             job.micro_batch_size, job.sequence_length, job.model.hidden_size, dtype=job.dtype, device=job.device

@@ -31,7 +31,7 @@ JOB = Job(
     sequence_length=6,
     global_batch_size=8,
     micro_batch_size=1,
-    optimizer=OptimizerConfig(),
+    optimizer=OptimizerConfig(ema_decay=0.9),
 )
 
 
@@ -42,6 +42,9 @@ def save(rank: int, layout: Layout, folder: Path) -> None:
         for layer, block in held.stage.model.blocks():
             if block.router is not None:
                 block.router.bias_E.copy_(torch.arange(8) + layer)
+    assert worker.average is not None
+    for shard in worker.average.shards:
+        shard.mul_(2)
     saver.save(folder, worker, Progress(0, 0), keep=1)
 
 
@@ -57,8 +60,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_every_tensor_is_read_as_it_was_drawn(checkpoints: list[Path]) -> None:
     expected = {name: value for held in Worker(JOB, 0).held.values() for name, value in masters(held).items()}
     for path in checkpoints:
-        weights = RunWeights(path)
+        weights, average = RunWeights(path), RunWeights(path, ema=True)
         weights.check(list(published(MODEL)))
+        average.check(list(published(MODEL)))
         for tensor in published(MODEL):
             found = weights.read(tensor)
             assert found.shape == torch.Size(tensor.shape)
@@ -67,6 +71,14 @@ def test_every_tensor_is_read_as_it_was_drawn(checkpoints: list[Path]) -> None:
             else:
                 want = expected[tensor.parameter][tensor.offset : tensor.offset + tensor.numel]
             assert torch.equal(found.flatten(), want), (path, tensor)
+            assert torch.equal(average.read(tensor).flatten(), want if tensor.is_bias else 2 * want), (path, tensor)
+
+
+def test_an_average_that_was_not_kept_is_refused(tmp_path: Path) -> None:
+    worker = Worker(replace(JOB, optimizer=OptimizerConfig()), 0)
+    path = saver.save(tmp_path, worker, Progress(0, 0), keep=1)
+    with pytest.raises(CheckpointError, match=r"--ema: .* has no average; optimizer.ema_decay above 0 keeps one"):
+        RunWeights(path, ema=True)
 
 
 def masters(held: HeldStage) -> dict[str, torch.Tensor]:
