@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.fp8.quantise import SIZE, Quantised, Tile, dequantise
+from model.fp8.quantise import SIZE, Quantised, Scale, Tile, dequantise, quantise
+from model.mlp import swiglu
 
 
 class PrecisionError(ValueError):
@@ -31,7 +32,8 @@ class PrecisionError(ValueError):
 
 
 class Gemm(ABC):
-    """A way to compute products, in ``dtype``: FP32 or BF16. ``product`` is the one that a subclass needs."""
+    """A way to compute products, in ``dtype`` (FP32 or BF16), and what is quantised more than one way or on the way to
+    them. ``product`` is the one that a subclass needs."""
 
     name: str
 
@@ -54,6 +56,18 @@ class Gemm(ABC):
         assert a.ends_E is not None
         pairs = zip(_columns(a), _columns(b), strict=True)
         return torch.stack([self.product(x, y, dtype) for x, y in pairs])
+
+    def rows_and_columns(self, x_TD: Tensor, scale: Scale, ends_E: Tensor | None) -> tuple[Quantised, Quantised]:
+        """A matrix in E4M3 in ROW tiles and in COLUMN tiles: an output gradient as Dgrad and as Wgrad take it."""
+        return quantise(x_TD, Tile.ROW, scale), quantise(x_TD, Tile.COLUMN, scale, ends_E=ends_E)
+
+    def swiglu_rows(self, x_T2D: Tensor, weights_T: Tensor | None, scale: Scale) -> Quantised:
+        """``model.mlp.swiglu`` as Fprop takes it."""
+        return quantise(swiglu(x_T2D, weights_T), Tile.ROW, scale)
+
+    def swiglu_columns(self, x_T2D: Tensor, weights_T: Tensor | None, scale: Scale, ends_E: Tensor | None) -> Quantised:
+        """The same as Wgrad takes it."""
+        return quantise(swiglu(x_T2D, weights_T), Tile.COLUMN, scale, ends_E=ends_E)
 
     def fprop(self, x: Quantised, w: Quantised, ends_E: Tensor | None, dtype: torch.dtype) -> Tensor:
         """[T, D], [(E,) F, D] -> [T, F]."""
@@ -138,22 +152,32 @@ def _operand(q: Quantised) -> tuple[Tensor, Tensor, Tile]:
 
 
 class Triton(Gemm):
-    """Kernels of our own (``triton_kernels.py``), for one matrix or all experts in one launch. Experimental."""
+    """Kernels of our own, for one matrix or all experts in one launch. Experimental."""
 
     name = "triton"
 
-    def product(self, a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
-        from model.fp8.triton_kernels import product
+    def __init__(self) -> None:
+        from model.fp8 import triton_kernels
 
-        return product(a, b, None, dtype)
+        self._kernels = triton_kernels
+
+    def product(self, a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
+        return self._kernels.product(a, b, None, dtype)
 
     def by_rows(self, a: Quantised, b: Quantised, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
-        from model.fp8.triton_kernels import product
-
-        return product(a, b, ends_E, dtype)
+        return self._kernels.product(a, b, ends_E, dtype)
 
     def by_columns(self, a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
-        return self.product(a, b, dtype)
+        return self._kernels.product(a, b, None, dtype)
+
+    def rows_and_columns(self, x_TD: Tensor, scale: Scale, ends_E: Tensor | None) -> tuple[Quantised, Quantised]:
+        return self._kernels.rows_and_columns(x_TD, scale, ends_E)
+
+    def swiglu_rows(self, x_T2D: Tensor, weights_T: Tensor | None, scale: Scale) -> Quantised:
+        return self._kernels.swiglu_rows(x_T2D, weights_T, scale)
+
+    def swiglu_columns(self, x_T2D: Tensor, weights_T: Tensor | None, scale: Scale, ends_E: Tensor | None) -> Quantised:
+        return self._kernels.swiglu_columns(x_T2D, weights_T, scale, ends_E)
 
 
 def _columns(q: Quantised) -> list[Quantised]:

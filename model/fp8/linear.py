@@ -22,7 +22,7 @@ from model.fp8.formats import E4M3, Format
 from model.fp8.gemm import Gemm
 from model.fp8.quantise import Quantised, Scale, Tile, dequantise, quantise, requantise
 from model.linear import WeightGradients
-from model.mlp import swiglu, swiglu_backward
+from model.mlp import swiglu_backward
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,12 @@ class Fp8Products:
     def output(self, operand: Quantised, weight: Tensor, ends_E: Tensor | None, dtype: torch.dtype) -> Tensor:
         return self.gemm.fprop(operand, quantise(weight, Tile.BLOCK), ends_E, dtype)
 
-    def input_gradient(self, gy_TF: Tensor, weight: Tensor, ends_E: Tensor | None, dtype: torch.dtype) -> Tensor:
-        gy = quantise(gy_TF, Tile.ROW, self.recipe.gradient_scale)
-        return self.gemm.dgrad(gy, quantise(weight, Tile.BLOCK), ends_E, dtype)
+    def gradient(self, gy_TF: Tensor, ends_E: Tensor | None) -> tuple[Quantised, Quantised]:
+        """The output gradient as Dgrad and as Wgrad take it."""
+        return self.gemm.rows_and_columns(gy_TF, self.recipe.gradient_scale, ends_E)
 
-    def gradient_columns(self, gy_TF: Tensor, ends_E: Tensor | None) -> Quantised:
-        """The output gradient as Wgrad takes it."""
-        return quantise(gy_TF, Tile.COLUMN, self.recipe.gradient_scale, ends_E=ends_E)
+    def input_gradient(self, gy: Quantised, weight: Tensor, ends_E: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return self.gemm.dgrad(gy, quantise(weight, Tile.BLOCK), ends_E, dtype)
 
     def input_columns(self, kept: Quantised, ends_E: Tensor | None) -> Quantised:
         """The input as Wgrad takes it."""
@@ -90,7 +89,7 @@ class Fp8Products:
 
     def remade_columns(self, swiglu_input: Tensor, weights_T: Tensor | None, ends_E: Tensor | None) -> Quantised:
         """The same from SwiGLU's input."""
-        return quantise(swiglu(swiglu_input, weights_T), Tile.COLUMN, self.recipe.input_scale, ends_E=ends_E)
+        return self.gemm.swiglu_columns(swiglu_input, weights_T, self.recipe.input_scale, ends_E)
 
 
 class _Fp8Linear(torch.autograd.Function):
@@ -116,10 +115,10 @@ class _Fp8Linear(torch.autograd.Function):
         stored, scales, weight, ends_E = ctx.saved_tensors
         products, gx = ctx.products, None
         gy_TF = grads[0].reshape(-1, grads[0].shape[-1])
+        rows, gy = products.gradient(gy_TF, ends_E)
         if ctx.needs_input_grad[0]:
-            gx = products.input_gradient(gy_TF, weight, ends_E, ctx.dtype).view(ctx.shape)
+            gx = products.input_gradient(rows, weight, ends_E, ctx.dtype).view(ctx.shape)
         kept = Quantised(stored, scales, Tile.ROW, products.recipe.stored, ctx.shape[-1])
-        gy = products.gradient_columns(gy_TF, ends_E)
         gw = _deliver(
             ctx, ctx.needs_input_grad[1], lambda: products.gemm.wgrad(gy, products.input_columns(kept, ends_E))
         )
@@ -143,7 +142,7 @@ class _Fp8SwiGLULinear(torch.autograd.Function):
         kept = quantise(x_T2D, Tile.ROW)
         ctx.save_for_backward(kept.stored, kept.scales, weights_T, weight, ends_E)
         ctx.weight, ctx.owner, ctx.products, ctx.dtype, ctx.shape = weight, owner, products, x.dtype, x.shape
-        operand = products.operand(swiglu(x_T2D, weights_T))
+        operand = products.gemm.swiglu_rows(x_T2D, weights_T, products.recipe.input_scale)
         return products.output(operand, weight, ends_E, x.dtype).view(*x.shape[:-1], weight.shape[-2])
 
     @staticmethod
@@ -152,10 +151,10 @@ class _Fp8SwiGLULinear(torch.autograd.Function):
         products = ctx.products
         gy_TF = grads[0].reshape(-1, grads[0].shape[-1])
         x_T2D = dequantise(Quantised(stored, scales, Tile.ROW, E4M3, ctx.shape[-1]))
-        gswiglu_TD = products.input_gradient(gy_TF, weight, ends_E, torch.float32)
+        rows, gy = products.gradient(gy_TF, ends_E)
+        gswiglu_TD = products.input_gradient(rows, weight, ends_E, torch.float32)
         gx_T2D, gweights_T = swiglu_backward(x_T2D, weights_T, gswiglu_TD)
         columns = products.remade_columns(x_T2D, weights_T, ends_E)
-        gy = products.gradient_columns(gy_TF, ends_E)
         gw = _deliver(ctx, ctx.needs_input_grad[2], lambda: products.gemm.wgrad(gy, columns))
         return gx_T2D.to(ctx.dtype).view(ctx.shape), gweights_T, gw, None, None, None
 

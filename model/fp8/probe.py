@@ -116,9 +116,9 @@ class _Probed(torch.autograd.Function):
         if nonzero:
             row, block = (1 - (got != 0).sum().item() / nonzero for got in tiles)
             probe.lost = row, block
-        probe.note("dgrad", products.input_gradient(gy_TF, weight, ends_E, torch.float32), gx_TD)
-        columns = ctx.columns(x_TD)
-        probe.note("wgrad", products.gemm.wgrad(products.gradient_columns(gy_TF, ends_E), columns), gw)
+        rows, columns = products.gradient(gy_TF, ends_E)
+        probe.note("dgrad", products.input_gradient(rows, weight, ends_E, torch.float32), gx_TD)
+        probe.note("wgrad", products.gemm.wgrad(columns, ctx.columns(x_TD)), gw)
         return gx_TD.to(x.dtype).view_as(x), gw.to(weight.dtype), None, None, None
 
 

@@ -150,52 +150,54 @@ def _product(
     tl.store(at, result, mask=(m[:, None] < m_stop) & (n[None, :] < n_stop))
 
 
-def rows_and_columns(
-    x_TD: Tensor, scale: Scale, ends_E: Tensor | None = None, rows: bool = True, columns: bool = True
-) -> tuple[Quantised | None, Quantised | None]:
-    """``quantise`` of a matrix in ROW tiles and in COLUMN tiles, those that are asked for."""
-    return _launch(x_TD, None, x_TD.shape[1], False, scale, ends_E, rows, columns)
+def rows_and_columns(x_TD: Tensor, scale: Scale, ends_E: Tensor | None) -> tuple[Quantised, Quantised]:
+    """``Gemm.rows_and_columns`` in one pass; the columns are laid out for a sum over tokens."""
+    both = _Output(x_TD, x_TD.shape[1], ends_E, rows=True, columns=True)
+    both.fill(x_TD, None, False, scale)
+    return both.rows, both.columns
 
 
-def swiglu_rows_and_columns(
-    h_T2F: Tensor,
-    weights_T: Tensor | None,
-    scale: Scale,
-    ends_E: Tensor | None = None,
-    rows: bool = True,
-    columns: bool = True,
-) -> tuple[Quantised | None, Quantised | None]:
-    """The same of ``model.mlp.swiglu``, up to the rounding of its exponential."""
-    return _launch(h_T2F, weights_T, h_T2F.shape[1] // 2, True, scale, ends_E, rows, columns)
+def swiglu_rows(x_T2F: Tensor, weights_T: Tensor | None, scale: Scale) -> Quantised:
+    """``Gemm.swiglu_rows``, up to the rounding of the exponential."""
+    one = _Output(x_T2F, x_T2F.shape[1] // 2, None, rows=True, columns=False)
+    one.fill(x_T2F, weights_T, True, scale)
+    return one.rows
 
 
-def _launch(
-    x: Tensor,
-    weights_T: Tensor | None,
-    width: int,
-    swiglu: bool,
-    scale: Scale,
-    ends_E: Tensor | None,
-    rows: bool,
-    columns: bool,
-) -> tuple[Quantised | None, Quantised | None]:
-    x, tokens, across = x.contiguous(), len(x), -(-width // SIZE)
-    bounds = _bounds([tokens] if ends_E is None else ends_E.tolist())
-    tiles = len(bounds) - 1
-    down, wide = tokens if rows else 0, width if columns else 0  # nothing is kept for what is not asked for
-    stored = [x.new_empty(shape, dtype=torch.uint8) for shape in ((down, width), (wide, tokens))]
-    scales = [x.new_empty(shape, dtype=torch.float32) for shape in ((down, across), (tiles, wide))]
-    if x.numel():
-        table = torch.tensor(bounds, dtype=torch.int32, device=x.device)
-        gates = x if weights_T is None else weights_T
-        outputs = (stored[0], scales[0], stored[1], scales[1])
-        flags = (swiglu, weights_T is not None, rows, columns, scale is Scale.POWER_OF_TWO)
-        _quantise[(tiles, across)](x, gates, *outputs, table, tokens, width, *flags)
-    by_row, by_column = (s.view(torch.float8_e4m3fn) for s in stored)
-    return (
-        Quantised(by_row, scales[0], Tile.ROW, E4M3, width) if rows else None,
-        Quantised(by_column.t(), scales[1], Tile.COLUMN, E4M3, width, ends_E) if columns else None,
-    )
+def swiglu_columns(x_T2F: Tensor, weights_T: Tensor | None, scale: Scale, ends_E: Tensor | None) -> Quantised:
+    """``Gemm.swiglu_columns``, up to the same."""
+    one = _Output(x_T2F, x_T2F.shape[1] // 2, ends_E, rows=False, columns=True)
+    one.fill(x_T2F, weights_T, True, scale)
+    return one.columns
+
+
+class _Output:
+    """What ``_quantise`` writes: [T, F] in ROW tiles and in COLUMN tiles, or one of them; the other has no memory."""
+
+    def __init__(self, x: Tensor, width: int, ends_E: Tensor | None, rows: bool, columns: bool) -> None:
+        tokens, self._asked = len(x), (rows, columns)
+        self._bounds = _bounds([tokens] if ends_E is None else ends_E.tolist())
+        down, wide = tokens if rows else 0, width if columns else 0
+        by_row, by_column = (
+            x.new_empty(shape, dtype=torch.uint8).view(torch.float8_e4m3fn) for shape in ((down, width), (wide, tokens))
+        )
+        shapes = ((down, -(-width // SIZE)), (len(self._bounds) - 1, wide))
+        row_scales, column_scales = (x.new_empty(shape, dtype=torch.float32) for shape in shapes)
+        self.rows = Quantised(by_row, row_scales, Tile.ROW, E4M3, width)
+        self.columns = Quantised(by_column.t(), column_scales, Tile.COLUMN, E4M3, width, ends_E)
+
+    def fill(self, x: Tensor, weights_T: Tensor | None, swiglu: bool, scale: Scale) -> None:
+        if not x.numel():
+            return
+        tokens, width = len(x), self.rows.width
+        bounds = torch.tensor(self._bounds, dtype=torch.int32, device=x.device)
+        outputs = (
+            *(self.rows.stored.view(torch.uint8), self.rows.scales),
+            *(self.columns.stored.t().view(torch.uint8), self.columns.scales),
+        )
+        flags = (swiglu, weights_T is not None, *self._asked, scale is Scale.POWER_OF_TWO)
+        x, grid = x.contiguous(), (len(self._bounds) - 1, -(-width // SIZE))
+        _quantise[grid](x, x if weights_T is None else weights_T, *outputs, bounds, tokens, width, *flags)
 
 
 def product(a: Quantised, b: Quantised, ends_E: Tensor | None, dtype: torch.dtype) -> Tensor:

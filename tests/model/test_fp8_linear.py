@@ -333,7 +333,8 @@ def test_power_of_two_scales_where_they_are_assigned(monkeypatch: pytest.MonkeyP
         seen.setdefault(current, set()).add((tile, scale, q.format.name))
         return q
 
-    monkeypatch.setattr("model.fp8.linear.quantise", spied)
+    for module in ("linear", "gemm"):
+        monkeypatch.setattr(f"model.fp8.{module}.quantise", spied)
     one, two, e4m3 = Scale.FP32, Scale.POWER_OF_TWO, "E4M3"
     weight = (Tile.BLOCK, one, e4m3)
     for name in recipe_names:
