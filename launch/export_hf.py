@@ -92,7 +92,7 @@ def export(path: Path, target: Path, dtype_name: str, shard_bytes: int, ema: boo
             write_whole(partial / INDEX, _json(index_of(files, dtype)))
         write_whole(partial / "config.json", _json(config))
         if origin is None:
-            write_whole(partial / FILE, _json(byte_tokenizer()))
+            write_whole(partial / FILE, _json(byte_tokenizer(run.config.data.fill_in_middle > 0)))
             write_whole(partial / CONFIG_FILE, _json(tokenizer_config(config["max_position_embeddings"])))
         else:
             for name in ORIGIN_FILES:

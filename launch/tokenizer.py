@@ -137,16 +137,18 @@ def published_tokenizer(folder: Path, values: dict[str, Any]) -> Tokenizer:
     return PublishedTokenizer(folder / FILE, end)
 
 
-def byte_tokenizer() -> dict[str, Any]:
-    """``tokenizer.json`` for ``ByteTokenizer``: byte-level BPE without a single merge."""
+def byte_tokenizer(fill_in_middle: bool = False) -> dict[str, Any]:
+    """``tokenizer.json`` for ``ByteTokenizer``: byte-level BPE without a single merge; with the marks of fill in the
+    middle, under DeepSeek's names, for a model that has them."""
     characters = _byte_characters()
-    end = {"id": END_OF_DOCUMENT, "content": END_TEXT, "special": True, "normalized": False}
+    names = [END_TEXT, *(_SENTINELS[0] if fill_in_middle else ())]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "special": True, "normalized": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{**end, "single_word": False, "lstrip": False, "rstrip": False}],
+        "added_tokens": [{"id": END_OF_DOCUMENT + at, "content": name, **flags} for at, name in enumerate(names)],
         "normalizer": None,
         "pre_tokenizer": level,
         "post_processor": None,
@@ -181,10 +183,10 @@ def tokenizer_config(context: int) -> dict[str, Any]:
 def is_byte_tokenizer(path: Path) -> bool:
     """Whether a ``tokenizer.json`` is the one above."""
     try:
-        found: bool = json.loads(path.read_text(encoding="utf-8")) == byte_tokenizer()
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    return found
+    return found in (byte_tokenizer(), byte_tokenizer(fill_in_middle=True))
 
 
 def _byte_characters() -> list[str]:

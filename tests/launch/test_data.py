@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
@@ -369,11 +370,13 @@ def test_bits_per_byte_divides_by_the_bytes_of_the_tokens() -> None:
     assert bits_per_byte(10 * float(np.log(256)), 10, bytes_per_token=4.0) == pytest.approx(2)
 
 
-def parquet(path: Path, texts: list[str | None], rows: int = 7, **columns: list[int]) -> Path:
+def parquet(
+    path: Path, texts: Sequence[str | None], rows: int = 7, name: str = "content", **columns: list[int]
+) -> Path:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow.parquet import write_table
 
-    write_table(pyarrow.table({"content": texts, **columns}), path, row_group_size=rows)
+    write_table(pyarrow.table({name: texts, **columns}), path, row_group_size=rows)
     return path
 
 

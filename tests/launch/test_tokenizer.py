@@ -51,6 +51,16 @@ def test_the_published_form_is_recognised(folder: Path, tmp_path: Path) -> None:
     assert not is_byte_tokenizer(tmp_path / "tokenizer.json")
 
 
+def test_the_marks_of_fill_in_the_middle_are_published_too(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(byte_tokenizer(fill_in_middle=True)))
+    assert is_byte_tokenizer(file) and isinstance(published_tokenizer(tmp_path, {}), ByteTokenizer)
+    published = PublishedTokenizer(file, 256)
+    assert published.sentinels == ByteTokenizer.sentinels
+    marked = "<｜fim▁begin｜>a<｜fim▁hole｜>b<｜fim▁end｜>c"  # noqa: RUF001, as DeepSeek writes them
+    assert published.encode(marked.encode()) == [257, 97, 258, 98, 259, 99]
+
+
 @pytest.mark.parametrize(
     ("content", "values", "message"),
     [
