@@ -22,7 +22,7 @@ from launch.data import END_OF_DOCUMENT
 from launch.model_folder import ORIGIN, ORIGIN_FILES, Run, open_run
 from launch.tokenizer import CONFIG_FILE, FILE, byte_tokenizer, tokenizer_config
 from launch.whole_file import write_whole
-from model.huggingface import Published, published, published_config
+from model.huggingface import Published, published, published_config, published_copies
 from model.safetensors_folder import INDEX, SINGLE, index_of, read_json, shard_names, shards, write_shard
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -76,7 +76,7 @@ def export(path: Path, target: Path, dtype_name: str, shard_bytes: int, ema: boo
     origin = _origin(run)
     special = _special_tokens(origin)
     config = published_config(run.config.model, str(dtype).removeprefix("torch."), special)
-    parts = shards(published(run.config.model), dtype, shard_bytes)
+    parts = shards([*published(run.config.model), *published_copies(run.config.model)], dtype, shard_bytes)
     files = dict(zip(shard_names(len(parts)), parts, strict=True))
     index = (run.weights.path / ".metadata").read_bytes()
     source = {

@@ -74,10 +74,14 @@ def _import(arguments: argparse.Namespace) -> None:
             _keep_origin(theirs.path, partial / ORIGIN)
         folder = RunFolder(replace(config, run=RunConfig(str(partial))))
         folder.open(config, fingerprint).close()
-        folder.events.write("import", source=source["folder"], left_out=theirs.left_out)
-    if theirs.left_out:
-        left = theirs.left_out
+        left, differing = theirs.left_out(config.model), theirs.differing_copies(config.model)
+        folder.events.write("import", source=source["folder"], left_out=left, differing_copies=differing)
+    if left:
         print(f"left out {len(left)} tensors that have no place here, {left[0]} .. {left[-1]}", file=sys.stderr)
+    for name in differing:
+        print(f"{name} is no copy of the main model's: multi-token prediction shares the main model's", file=sys.stderr)
+    if theirs.values.get("num_nextn_predict_layers") and not theirs.config.num_nextn_predict_layers:
+        print("multi-token prediction is left out: the folder has no tensors of its module", file=sys.stderr)
     print(f"{arguments.run}: {size(config.model)}")
     again = shlex.quote(str(arguments.run))
     print(f"to train it: {invocation(sys.argv[0], os.environ, Path.cwd())} {again}")
@@ -120,9 +124,10 @@ def _write_weights(theirs: HuggingFaceModel, config: Config, checkpoint: Path) -
 
 
 def _place(tensor: Published) -> str:
-    """What tensors of one file have in common: the layer, or the parameter outside of the layers."""
+    """What tensors of one file have in common: the layer, the module that predicts further, or the parameter outside of
+    the layers."""
     kind, _, rest = tensor.parameter.partition(".")
-    return f"{kind}.{rest.split('.')[0]}"
+    return kind if kind == "mtp" else f"{kind}.{rest.split('.')[0]}"
 
 
 def _keep_origin(source: Path, target: Path) -> None:

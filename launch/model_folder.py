@@ -1,7 +1,7 @@
 """A whole model in this process, out of a run's newest checkpoint or a Hugging Face folder."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from launch.config import Config, load
 from launch.run_weights import RunWeights, newest
 from launch.tokenizer import CONFIG_FILE, FILE, Tokenizer, open_tokenizer, published_tokenizer
 from model.config import ModelConfig
-from model.huggingface import HuggingFaceError, Published, is_left_out, model_config, published
+from model.huggingface import HuggingFaceError, Published, is_left_out, model_config, published, published_copies
 from model.safetensors_folder import SafetensorsFolder, read_json
 from model.transformer import Transformer
 from parallel.checkpoint import CheckpointError
@@ -25,7 +25,9 @@ ORIGIN_FILES = (HUGGING_FACE_FILE, FILE, CONFIG_FILE, "special_tokens_map.json",
 
 @dataclass(frozen=True)
 class HuggingFaceModel:
-    """A Hugging Face folder that was checked: it has every tensor of ``config``'s model, and no unknown one."""
+    """A Hugging Face folder that was checked: it has every tensor of ``config``'s model, and no unknown one.
+    ``config`` has no multi-token-prediction module if the tensors of the one that ``values`` promises are not there:
+    transformers writes such folders."""
 
     path: Path
     values: dict[str, Any]
@@ -34,12 +36,26 @@ class HuggingFaceModel:
 
     def check(self, config: ModelConfig) -> None:
         """Raises HuggingFaceError when the tensors are not those of ``config``'s model."""
-        self.folder.check(published(config), lambda name: is_left_out(name, self.config, self.values))
+        expected = [*published(config), *self._copies(config)]
+        self.folder.check(expected, lambda name: is_left_out(name, config, self.config.num_nextn_predict_layers))
 
-    @property
-    def left_out(self) -> list[str]:
-        """Tensors that have no place in the model, sorted."""
-        return sorted(name for name in self.folder.tensors if is_left_out(name, self.config, self.values))
+    def left_out(self, config: ModelConfig) -> list[str]:
+        """Tensors that have no place in ``config``'s model, sorted."""
+        modules = self.config.num_nextn_predict_layers
+        return sorted(name for name in self.folder.tensors if is_left_out(name, config, modules))
+
+    def differing_copies(self, config: ModelConfig) -> list[str]:
+        """Those of the multi-token-prediction module's copies of embedding and head that are no copies. It has no place
+        for an embedding or head of its own: they are shared."""
+        originals = {tensor.parameter: tensor for tensor in published(config)}
+        return [
+            copy.name
+            for copy in self._copies(config)
+            if not torch.equal(self.folder.read(copy), self.folder.read(originals[copy.parameter]))
+        ]
+
+    def _copies(self, config: ModelConfig) -> list[Published]:
+        return [copy for copy in published_copies(config) if copy.name in self.folder.tensors]
 
 
 def open_hugging_face(path: Path) -> HuggingFaceModel:
@@ -52,7 +68,11 @@ def open_hugging_face(path: Path) -> HuggingFaceModel:
         config = model_config(values)
     except HuggingFaceError as error:
         raise HuggingFaceError(f"{file}: {error}") from None
-    model = HuggingFaceModel(path, values, config, SafetensorsFolder(path))
+    folder = SafetensorsFolder(path)
+    module = f"model.layers.{config.num_hidden_layers}."
+    if not any(name.startswith(module) for name in folder.tensors):
+        config = replace(config, num_nextn_predict_layers=0)
+    model = HuggingFaceModel(path, values, config, folder)
     model.check(config)
     return model
 

@@ -2,7 +2,8 @@
 
 Every tensor of the published form is a run of elements of one of our parameters: our gate and up projections are one
 matrix, gate above up, and the routed experts of a layer are one stack. RoPE turns adjacent pairs in both
-(``rope_interleave``), so no row changes its place. The multi-token-prediction module has no counterpart here.
+(``rope_interleave``), so no row changes its place. The multi-token-prediction module is published as one more layer,
+with copies of the embedding and the head, of which there is one here.
 """
 
 from collections.abc import Iterator, Mapping
@@ -41,24 +42,52 @@ class Published:
 def published(config: ModelConfig) -> Iterator[Published]:
     """Every tensor of the model by layer, and those of one parameter in the order of its elements."""
     c = config
-    yield Published("model.embed_tokens.weight", "embed.weight", (c.vocab_size, c.hidden_size))
+    table = (c.vocab_size, c.hidden_size)
+    yield Published("model.embed_tokens.weight", "embed.weight", table)
     for layer in range(c.num_hidden_layers):
-        their, our = f"model.layers.{layer}", f"layers.{layer}"
-        yield Published(f"{their}.input_layernorm.weight", f"{our}.attn_norm.weight", (c.hidden_size,))
-        yield from _attention(c, f"{their}.self_attn", f"{our}.attn")
-        yield Published(f"{their}.post_attention_layernorm.weight", f"{our}.mlp_norm.weight", (c.hidden_size,))
-        if not c.is_moe(layer):
-            yield from _mlp(f"{their}.mlp", f"{our}.mlp", c.hidden_size, c.intermediate_size)
-            continue
-        centroids = (c.n_routed_experts, c.hidden_size)
-        yield Published(f"{their}.mlp.gate.weight", f"{our}.router.centroids.weight", centroids)
-        yield Published(f"{their}.mlp.gate.e_score_correction_bias", f"{our}.router.bias_E", (c.n_routed_experts,))
-        yield from _experts(c, f"{their}.mlp.experts", f"{our}.experts")
-        if c.n_shared_experts:
-            shared = c.n_shared_experts * c.moe_intermediate_size
-            yield from _mlp(f"{their}.mlp.shared_experts", f"{our}.mlp", c.hidden_size, shared)
+        yield from _layer(c, layer, f"layers.{layer}")
     yield Published("model.norm.weight", "norm.weight", (c.hidden_size,))
-    yield Published("lm_head.weight", "head.weight", (c.vocab_size, c.hidden_size))
+    yield Published("lm_head.weight", "head.weight", table)
+    if c.num_nextn_predict_layers:
+        their = _module(c)
+        for name in ("enorm", "hnorm"):
+            yield Published(f"{their}.{name}.weight", f"mtp.{name}.weight", (c.hidden_size,))
+        yield Published(f"{their}.eh_proj.weight", "mtp.eh_proj.weight", (c.hidden_size, 2 * c.hidden_size))
+        yield from _layer(c, c.num_hidden_layers, "mtp.block")
+        yield Published(f"{their}.shared_head.norm.weight", "mtp.norm.weight", (c.hidden_size,))
+
+
+def published_copies(config: ModelConfig) -> list[Published]:
+    """What a file holds once more, in the multi-token-prediction module: the embedding and the head."""
+    if not config.num_nextn_predict_layers:
+        return []
+    table = (config.vocab_size, config.hidden_size)
+    return [
+        Published(f"{_module(config)}.embed_tokens.weight", "embed.weight", table),
+        Published(f"{_module(config)}.shared_head.head.weight", "head.weight", table),
+    ]
+
+
+def _module(c: ModelConfig) -> str:
+    """Where a file has the multi-token-prediction module: as the layer after the last."""
+    return f"model.layers.{c.num_hidden_layers}"
+
+
+def _layer(c: ModelConfig, layer: int, our: str) -> Iterator[Published]:
+    their = f"model.layers.{layer}"
+    yield Published(f"{their}.input_layernorm.weight", f"{our}.attn_norm.weight", (c.hidden_size,))
+    yield from _attention(c, f"{their}.self_attn", f"{our}.attn")
+    yield Published(f"{their}.post_attention_layernorm.weight", f"{our}.mlp_norm.weight", (c.hidden_size,))
+    if not c.is_moe(layer):
+        yield from _mlp(f"{their}.mlp", f"{our}.mlp", c.hidden_size, c.intermediate_size)
+        return
+    centroids = (c.n_routed_experts, c.hidden_size)
+    yield Published(f"{their}.mlp.gate.weight", f"{our}.router.centroids.weight", centroids)
+    yield Published(f"{their}.mlp.gate.e_score_correction_bias", f"{our}.router.bias_E", (c.n_routed_experts,))
+    yield from _experts(c, f"{their}.mlp.experts", f"{our}.experts")
+    if c.n_shared_experts:
+        shared = c.n_shared_experts * c.moe_intermediate_size
+        yield from _mlp(f"{their}.mlp.shared_experts", f"{our}.mlp", c.hidden_size, shared)
 
 
 def _attention(c: ModelConfig, their: str, our: str) -> Iterator[Published]:
@@ -134,6 +163,8 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
     if "q_lora_rank" not in values:
         raise HuggingFaceError("q_lora_rank is missing and must be an integer or null")
     found["q_lora_rank"] = None if values["q_lora_rank"] is None else _typed(values, "q_lora_rank", int)
+    if values.get("num_nextn_predict_layers") is not None:
+        found["num_nextn_predict_layers"] = _typed(values, "num_nextn_predict_layers", int)
     try:
         return ModelConfig(**found, **_rope(values))
     except ValueError as error:
@@ -226,7 +257,7 @@ def published_config(config: ModelConfig, dtype: str, special_tokens: Mapping[st
         "q_lora_rank": c.q_lora_rank,
         "num_key_value_heads": c.num_attention_heads,
         **_FIXED,
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": c.num_nextn_predict_layers,
         "rope_theta": c.rope_theta,
         "rope_scaling": scaling,
         "max_position_embeddings": round(c.original_max_position_embeddings * c.yarn_factor),
@@ -236,11 +267,11 @@ def published_config(config: ModelConfig, dtype: str, special_tokens: Mapping[st
     }
 
 
-def is_left_out(name: str, config: ModelConfig, values: Mapping[str, Any]) -> bool:
-    """Whether a published tensor has no place here by design: those of the multi-token-prediction modules, which a
-    file numbers as layers after the last one, and RoPE's frequencies, which follow from the configuration."""
+def is_left_out(name: str, config: ModelConfig, modules: int) -> bool:
+    """Whether a published tensor has no place in the model ``config`` by design: RoPE's frequencies, which follow from
+    the configuration, and those of multi-token-prediction ``modules`` of the file that the model has not."""
     if name.endswith(".rotary_emb.inv_freq"):
         return True
-    modules = values.get("num_nextn_predict_layers") or 0
     first = config.num_hidden_layers
-    return any(name.startswith(f"model.layers.{layer}.") for layer in range(first, first + modules))
+    left_out = range(first + config.num_nextn_predict_layers, first + modules)
+    return any(name.startswith(f"model.layers.{layer}.") for layer in left_out)

@@ -141,6 +141,9 @@ def rank_memory(
     for rank in range(program.ranks):
         stages = sorted(program.stages_of(rank))
         held = sum(parameters[stage].total for stage in stages)
+        if workload.mtp and program.stages - 1 in stages and 0 not in stages:
+            # Multi-token prediction embeds tokens too: with a copy, whose optimizer state is the first stage's.
+            held += workload.model.vocab_size * workload.model.hidden_size
         owned = sum(
             parameters[s].dense / (len(copies[s]) * layout.data)
             + parameters[s].routed / (len(copies[s]) * layout.data / layout.expert)

@@ -161,17 +161,6 @@ def test_a_trained_run_is_exported_with_its_loss(theirs: Path, tmp_path: Path, t
     assert losses[1] == pytest.approx(losses[2], abs=1e-4)
 
 
-def test_modules_for_later_tokens_are_left_out_and_named(theirs: Path, tmp_path: Path, text: Path, capsys: Any) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(theirs, folder)
-    save_file({**tensors(theirs), "model.layers.3.eh_proj.weight": torch.ones(3)}, folder / SINGLE)
-    assert import_model(folder, tmp_path / "run", text) == 2
-    assert "model.layers.3.eh_proj.weight" in capsys.readouterr().err
-    edit(folder / "config.json", num_nextn_predict_layers=1)
-    assert import_model(folder, tmp_path / "run", text) == 0
-    assert "left out 1 tensors that have no place here, model.layers.3.eh_proj.weight" in capsys.readouterr().err
-
-
 def test_overrides_are_those_of_the_run(theirs: Path, tmp_path: Path, text: Path) -> None:
     assert import_model(theirs, tmp_path / "run", text, "model.yarn_factor=4", "train.seed=9") == 0
     run = open_run(tmp_path / "run")

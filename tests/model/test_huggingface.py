@@ -15,7 +15,7 @@ from tests.model.tiny import tiny
 
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 1}
 # What training adds, and a config.json knows nothing of.
-OURS = {"bias_update_speed": ModelConfig.bias_update_speed, "balance_loss_alpha": ModelConfig.balance_loss_alpha}
+OURS = {key: getattr(ModelConfig, key) for key in ("bias_update_speed", "balance_loss_alpha", "mtp_loss_weight")}
 
 configs = st.builds(
     tiny,
@@ -30,6 +30,7 @@ configs = st.builds(
     yarn_factor=st.sampled_from([1.0, 2.5, 40.0]),
     yarn_mscale=st.sampled_from([0.0, 0.7, 1.0]),
     yarn_mscale_all_dim=st.sampled_from([0.0, 0.7, 1.0]),
+    num_nextn_predict_layers=st.integers(0, 1),
 )
 
 
@@ -85,7 +86,7 @@ def test_scales_that_a_file_does_not_give_are_those_of_transformers() -> None:
 
 def test_what_deepseek_adds_is_no_obstacle() -> None:
     fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3", "activation_scheme": "dynamic"}
-    values = values_of(quantization_config=fp8, num_nextn_predict_layers=1, auto_map={}, ep_size=1, seq_aux=True)
+    values = values_of(quantization_config=fp8, auto_map={}, ep_size=1, seq_aux=True)
     assert model_config(values) == model_config(values_of())
 
 
@@ -100,6 +101,7 @@ def test_what_deepseek_adds_is_no_obstacle() -> None:
         ({"tie_word_embeddings": True}, "tie_word_embeddings=True must be False"),
         ({"moe_layer_freq": 2}, "moe_layer_freq=2 must be 1"),
         ({"hidden_size": "16"}, "hidden_size='16' must be an integer"),
+        ({"num_nextn_predict_layers": 2}, "model.num_nextn_predict_layers=2 must be 0 or 1"),
         ({"hidden_size": 20}, "model.hidden_size=20 must be a multiple of 8"),
         ({"n_group": True}, "n_group=True must be an integer"),
         ({"q_lora_rank": 1.5}, "q_lora_rank=1.5 must be an integer"),
@@ -154,4 +156,4 @@ def test_a_model_that_others_cannot_run_is_not_published(changes: dict[str, Any]
     ],
 )
 def test_only_later_modules_and_frequencies_are_left_out(name: str, modules: int, left_out: bool) -> None:
-    assert is_left_out(name, tiny(), {"num_nextn_predict_layers": modules}) is left_out
+    assert is_left_out(name, tiny(), modules) is left_out
