@@ -1,4 +1,4 @@
-"""Timing on a machine that is not ours alone: contestants take turns, and medians are compared.
+"""Timing on a machine that is not ours alone: contestants take turns, and medians are compared. And memory in use.
 
 A step is measured twice: by the wall clock, and by the CPU time of the process, which a neighbour's load distorts less
 because it does not count while another process has the core.
@@ -6,10 +6,15 @@ because it does not count while another process has the core.
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -53,3 +58,26 @@ def top_operators(step: Callable[[], object], rows: int = 15) -> str:
         sort_by="self_cpu_time_total", row_limit=rows, max_name_column_width=44, header=None
     )
     return table
+
+
+class Alive(TorchDispatchMode):
+    """Inside it, which memory that tensors were given since it was entered is still held, by whom ever: also what
+    autograd saved, which Python's own collector cannot see."""
+
+    def __init__(self, ignoring: Iterable[Tensor] = ()) -> None:
+        """``ignoring``: tensors of before, whose views count for nothing; others of before count once viewed."""
+        super().__init__()
+        self._ignored = {tensor.untyped_storage()._cdata for tensor in ignoring}
+        self._born: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._ignored:
+                    self._born[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    def bytes(self) -> int:
+        return sum(size for reference, size in self._born.values() if not reference.expired())

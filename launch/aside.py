@@ -59,7 +59,7 @@ def _begin(partial: Path, source: dict[str, Any]) -> None:
     """Empty the folder unless it was begun from the same source."""
     note = partial / _SOURCE
     try:
-        if json.loads(note.read_text()) == source:
+        if json.loads(note.read_text()) == json.loads(json.dumps(source)):
             return
     except (OSError, ValueError):
         pass

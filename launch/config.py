@@ -277,22 +277,23 @@ def check_world_size(config: Config, world_size: int) -> None:
         )
 
 
+_FREE = ("model.recompute",)  # the same bits either way
 _FIXED = ("train.seed", "train.sequence_length", "data.validation_fraction", "data.fill_in_middle")
 
 
 def resume_differences(old: Config, new: Config) -> tuple[list[str], list[str]]:
     """What a resumed run would change: (refused, recorded), each line 'KEY: run has OLD, given NEW'.
 
-    What decides the meaning of a checkpoint (the model, the seed, how the data are cut) must stay; the layout, the
-    length of the run, the optimizer's constants and the rest may change between two starts. So may the name under
-    which the data are found: whether they are the same is for their fingerprint to say.
+    What decides the meaning of a checkpoint (the model, the seed, how the data are cut) must stay; what of the model is
+    recomputed, the layout, the length of the run, the optimizer's constants and the rest may change between two starts.
+    So may the name under which the data are found: whether they are the same is for their fingerprint to say.
     """
     refused: list[str] = []
     recorded: list[str] = []
     new_values = dict(_flatten(to_dict(new)))
     for key, value in _flatten(to_dict(old)):
         if value != new_values[key]:
-            fixed = key.startswith("model.") or key in _FIXED
+            fixed = key in _FIXED or (key.startswith("model.") and key not in _FREE)
             line = f"{key}: run has {show(value)}, given {show(new_values[key])}"
             (refused if fixed else recorded).append(line)
     return refused, recorded

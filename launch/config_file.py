@@ -130,7 +130,7 @@ def _build(root: Any, kind: Any, values: object, prefix: str) -> Any:
 
 def _convert(key: str, value: Any, hint: Any) -> Any:
     """The value as the wanted type, or ConfigError. A bool is no number, and a whole number is a float too."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
     for kind in kinds:
         if kind is types.NoneType and value is None:
             return None
@@ -168,6 +168,10 @@ def _convert_item(key: str, value: Any, hint: Any) -> Any:
         raise ConfigError(f"{key}.{error}") from None
 
 
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
 def _is_unicode(value: str) -> bool:
     try:
         value.encode()
@@ -185,7 +189,7 @@ def _float(value: int | float) -> float:
 
 def _wanted(hint: Any) -> str:
     """A type in words, as the end of 'must be ...'."""
-    if isinstance(hint, types.UnionType):
+    if _is_union(hint):
         return " or ".join(_wanted(kind) for kind in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         return " or ".join(typing.get_args(hint))

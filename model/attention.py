@@ -24,6 +24,7 @@ from model.config import ModelConfig
 from model.linear import Linear
 from model.norm import RMSNorm
 from model.positions import Positions
+from model.recompute import Recomputation
 from model.rope import rotate
 
 LATENT_NORM_EPS = 1e-6
@@ -72,27 +73,47 @@ class Attention(nn.Module):
         self.kv_b = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o = Linear(heads * config.v_head_dim, hidden)
 
-    def forward(self, x_BSD: Tensor, positions: Positions) -> Tensor:
+    def forward(self, x_BSD: Tensor, positions: Positions, again: Recomputation | None = None) -> Tensor:
+        """``again``: what is made again of the layer."""
+        c, again = self.config, again or Recomputation()
+        c_q = x_BSD if c.q_lora_rank is None else again("norm", self.q_a_norm, self.q_a(x_BSD, again))
+        latent, k_rope = self.kv_a(x_BSD, again).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+        latent = again("norm", self.kv_a_norm, latent)
+        if self.cache is not None:
+            assert positions.documents_BS is None, "a row that is continued is one document"
+            k_rope = rotate(k_rope.unsqueeze(2), positions.rotations).squeeze(2)
+            latents_BML = self.cache.append(torch.cat([latent, k_rope], dim=-1))
+            q_nope, q_rope = self._queries(c_q, positions, again)
+            return self.o(self._attend_latents(q_nope, q_rope, latents_BML).flatten(-2))
+        q, k, v = again(
+            "mla_up", lambda q, kv, rope: self._core_inputs(q, kv, rope, positions, again), c_q, latent, k_rope
+        )
+        out_BHSK = attend(q, k, v, c.softmax_scale, positions)
+        out = again("mla_up", lambda out: core_result(out, c.v_head_dim, x_BSD.dtype).flatten(-2), out_BHSK)
+        return self.o(out, again)
+
+    def _queries(self, c_q: Tensor, positions: Positions, again: Recomputation) -> tuple[Tensor, Tensor]:
+        """From their latent, or from the layer's input -> [B, S, H, N], and [B, S, H, R] turned."""
         c = self.config
-        query = self.q(x_BSD) if c.q_lora_rank is None else self.q_b(self.q_a_norm(self.q_a(x_BSD)))
+        query = (self.q if c.q_lora_rank is None else self.q_b)(c_q, again)
         q_nope, q_rope = query.unflatten(-1, (c.num_attention_heads, -1)).split(
             [c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1
         )
-        q_rope = rotate(q_rope, positions.rotations)
-        latent, k_rope = self.kv_a(x_BSD).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
-        latent, k_rope = self.kv_a_norm(latent), rotate(k_rope.unsqueeze(2), positions.rotations)
-        if self.cache is not None:
-            assert positions.documents_BS is None, "a row that is continued is one document"
-            latents_BML = self.cache.append(torch.cat([latent, k_rope.squeeze(2)], dim=-1))
-            return self.o(self._attend_latents(q_nope, q_rope, latents_BML).flatten(-2))
+        return q_nope, rotate(q_rope, positions.rotations)
+
+    def _core_inputs(
+        self, c_q: Tensor, latent: Tensor, k_rope: Tensor, positions: Positions, again: Recomputation
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The latents and the shared rotary key [B, S, R] -> what the core reads."""
+        c = self.config
         k_nope, v = (
-            self.kv_b(latent)
+            self.kv_b(latent, again)
             .unflatten(-1, (c.num_attention_heads, -1))
             .split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
         )
-        q_BSHK = torch.cat([q_nope, q_rope], dim=-1)
-        k_BSHK = torch.cat([k_nope, k_rope.expand(-1, -1, c.num_attention_heads, -1)], dim=-1)
-        return self.o(attend(q_BSHK, k_BSHK, v, c.softmax_scale, positions).flatten(-2))
+        k_rope = rotate(k_rope.unsqueeze(2), positions.rotations).expand(-1, -1, c.num_attention_heads, -1)
+        q_BSHK = torch.cat(self._queries(c_q, positions, again), dim=-1)
+        return core_inputs(q_BSHK, torch.cat([k_nope, k_rope], dim=-1), v)
 
     def _attend_latents(self, q_nope: Tensor, q_rope: Tensor, latents_BML: Tensor) -> Tensor:
         """[B, S, H, N], [B, S, H, R] and all M tokens' latents, the S queries' own at the end -> [B, S, H, V]."""
@@ -111,17 +132,26 @@ class Attention(nn.Module):
 
 
 def attend(
-    q_BSHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, scale: float | None = None, positions: Positions | None = None
+    q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, scale: float | None = None, positions: Positions | None = None
 ) -> Tensor:
-    """Causal attention core -> [B, S, H, V]; within documents, where ``positions`` keeps them apart. ``scale``
-    multiplies the logits, None is the inverse root of K. Values are padded to the width of the keys: fused kernels want
-    one head size, and an unfused core would hold all S x S scores."""
+    """Causal attention core, from ``core_inputs``; within documents, where ``positions`` keeps them apart. ``scale``
+    multiplies the logits, None is the inverse root of K."""
+    mask = None if positions is None else positions.mask(q_BHSK.dtype)
+    return F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=mask, is_causal=mask is None, scale=scale)
+
+
+def core_inputs(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, H, S, K] as the core reads them. Values are padded to the width of the keys: fused
+    kernels want one head size, and an unfused core would hold all S x S scores."""
     width = v_BSHV.shape[-1]
     v_BSHK = F.pad(v_BSHV, (0, q_BSHK.shape[-1] - width)) if width < q_BSHK.shape[-1] else v_BSHV
     q, k, v = (_core_operand(t).transpose(1, 2) for t in (q_BSHK, k_BSHK, v_BSHK))
-    mask = None if positions is None else positions.mask(q.dtype)
-    out_BHSK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
-    return out_BHSK.transpose(1, 2)[..., :width].to(v_BSHV.dtype)
+    return q, k, v
+
+
+def core_result(out_BHSK: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """[B, S, H, V] of what the core returned: ``width`` is that of the values without their padding."""
+    return out_BHSK.transpose(1, 2)[..., :width].to(dtype)
 
 
 def _core_operand(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from model.exchange import Dispatched, Exchange
 from model.mlp import MLP, Experts
 from model.norm import RMSNorm
 from model.positions import Positions
+from model.recompute import Recomputation
 from model.router import Router, Routing
 
 
@@ -38,6 +39,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, experts: Sequence[int]) -> None:
         super().__init__()
+        self.recompute = config.recompute
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn = Attention(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -50,34 +52,43 @@ class Block(nn.Module):
             self.router = self.experts = None
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
-    def attention_phase(self, x_BSD: Tensor, positions: Positions) -> Attended:
-        h_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), positions)
-        u_BSD = self.mlp_norm(h_BSD)
-        return Attended(h_BSD, u_BSD, None if self.router is None else self.router(u_BSD))
+    def attention_phase(self, x_BSD: Tensor, positions: Positions, again: Recomputation) -> Attended:
+        """``again``: of this forward of this layer, the same for all phases, made with ``recompute``."""
+        attended = again.phase(self._attend, x_BSD, positions)
+        again.forget(but=attended.u_BSD)
+        return attended
 
-    def local_phase(self, u_BSD: Tensor) -> Tensor:
+    def _attend(self, x_BSD: Tensor, positions: Positions, again: Recomputation) -> Attended:
+        h_BSD = x_BSD + self.attn(again("norm", self.attn_norm, x_BSD), positions, again)
+        u_BSD = again("norm", self.mlp_norm, h_BSD)
+        return Attended(h_BSD, u_BSD, None if self.router is None else self.router(u_BSD, again))
+
+    def local_phase(self, u_BSD: Tensor, again: Recomputation) -> Tensor:
         """The part of the mlp phase that needs nothing from elsewhere: shared experts, or the dense MLP. A block
         without either (``mlp`` is None) has no such part."""
         assert self.mlp is not None
-        y_BSD: Tensor = self.mlp(u_BSD)
+        y_BSD: Tensor = again.phase(self.mlp, u_BSD)
+        again.forget()
         return y_BSD
 
-    def expert_phase(self, rows_RD: Tensor, weights_R: Tensor, sent: Dispatched) -> Tensor:
+    def expert_phase(self, rows_RD: Tensor, weights_R: Tensor, sent: Dispatched, again: Recomputation) -> Tensor:
         """The part of the mlp phase that works on what was dispatched; its tensors with a gradient stand apart."""
         assert self.experts is not None
-        y_RD: Tensor = self.experts(rows_RD, weights_R, sent.ends_E, sent.payload)
+        y_RD: Tensor = again.phase(self.experts, rows_RD, weights_R, sent.ends_E, sent.payload)
+        again.forget()
         return y_RD
 
     def forward(self, x_BSD: Tensor, positions: Positions, exchange: Exchange) -> tuple[Tensor, Tensor | None]:
         """The whole layer at once, and its balance loss: the definition, under plain autograd."""
-        attended = self.attention_phase(x_BSD, positions)
+        again = Recomputation(self.recompute)
+        attended = self.attention_phase(x_BSD, positions, again)
         out_BSD = attended.h_BSD
         if self.mlp is not None:
-            out_BSD = out_BSD + self.local_phase(attended.u_BSD)
+            out_BSD = out_BSD + self.local_phase(attended.u_BSD, again)
         routing = attended.routing
         if routing is None:
             return out_BSD, None
         sent = exchange.dispatch(attended.u_BSD.flatten(0, 1), routing.weights_TK, routing.indices_TK).wait()
-        y_RD = self.expert_phase(sent.rows_RD, sent.weights_R, sent)
+        y_RD = self.expert_phase(sent.rows_RD, sent.weights_R, sent, again)
         z_TD = exchange.combine(y_RD, sent.layout).wait()
         return out_BSD + z_TD.view_as(out_BSD), routing.balance

@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 from math import log
+from typing import Literal
+
+Recomputed = Literal["norm", "mla_up", "swiglu"]
+Recompute = tuple[Recomputed, ...] | Literal["full"]
+"""What is made again in backward; see ``model/recompute.py``."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,9 @@ class ModelConfig:
     """Multi-token-prediction modules behind the last layer, 0 or 1; the released DeepSeek-V3 has 1 (report, 2.2)."""
     mtp_loss_weight: float = 0.3
     """lambda: weight of the module's loss; the report has 0.3 for the first 10T tokens, then 0.1."""
+    recompute: Recompute = ()
+    """What backward makes again instead of keeping it, for less memory and the same bits: a list out of norm, mla_up,
+    swiglu; or full. See docs/recompute.md."""
 
     def __post_init__(self) -> None:
         for key in _POSITIVE:
@@ -134,6 +142,8 @@ class ModelConfig:
                 f"model.num_nextn_predict_layers={self.num_nextn_predict_layers} must be 0 or 1: one token beyond the "
                 "next is as deep as prediction goes here"
             )
+        if self.recompute != "full" and len(set(self.recompute)) < len(self.recompute):
+            raise ValueError(f"model.recompute={list(self.recompute)} must name nothing twice")
 
     def _check_yarn(self) -> None:
         if self.yarn_factor < 1:

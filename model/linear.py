@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.fp8.quantise import Quantised
+from model.recompute import Recomputation
 
 Contribution = Callable[[Tensor], None]
 """Adds one micro-batch's gradient to the FP32 buffer of a parameter."""
@@ -70,9 +71,11 @@ class Products(Protocol):
         owner: WeightGradients | None,
         ends_E: Tensor | None,
         payload: Quantised | None = None,
+        again: Recomputation | None = None,
     ) -> Tensor:
         """[..., D] -> [..., F] in the dtype of ``x``. ``payload``: ``x`` as it was quantised before; then the numbers
-        of ``x`` are not read, and it may be a ``model.fp8.payload.anchor``."""
+        of ``x`` are not read, and it may be a ``model.fp8.payload.anchor``. ``again``: what is made again of the layer;
+        the narrow copies of ``x`` are, where ``x`` is, and are shared with other layers of the same input."""
         ...
 
     def swiglu_linear(
@@ -143,9 +146,10 @@ class Linear(Owned):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, again: Recomputation | None = None) -> Tensor:
+        """``again``: for a layer with ``products``, as there."""
         if self.products is not None:
-            return self.products.linear(x, self.weight, self.owner, None)
+            return self.products.linear(x, self.weight, self.owner, None, None, again)
         if self.owner is None:
             return F.linear(x, self.weight.to(x.dtype))
         return _SplitLinear.apply(x, self.weight, self.owner)

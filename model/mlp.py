@@ -18,6 +18,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.fp8.quantise import Quantised
 from model.linear import GroupedLinear, Linear, Owned
+from model.recompute import Recomputation
 
 
 def swiglu(x_T2F: Tensor, weights_T: Tensor | None = None) -> Tensor:
@@ -70,11 +71,12 @@ class MLP(Owned):
         self.gate_up = Linear(hidden, 2 * width)
         self.down = Linear(width, hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.gate_up(x)
+    def forward(self, x: Tensor, again: Recomputation | None = None) -> Tensor:
+        again = again or Recomputation()
+        h = self.gate_up(x, again)
         if self.down.products is not None:
             return self.down.products.swiglu_linear(h, None, self.down.weight, self.down.owner, None)
-        return self.down(swiglu(h) if self.owner is None else _SwiGLU.apply(h, None))
+        return self.down(again("swiglu", swiglu if self.owner is None else _SwiGLU.apply, h, None))
 
 
 class Experts(Owned):
@@ -87,10 +89,17 @@ class Experts(Owned):
         self.gate_up = GroupedLinear(len(experts), config.hidden_size, 2 * width)
         self.down = GroupedLinear(len(experts), width, config.hidden_size)
 
-    def forward(self, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor, payload: Quantised | None = None) -> Tensor:
+    def forward(
+        self,
+        rows_RD: Tensor,
+        weights_R: Tensor,
+        ends_E: Tensor,
+        payload: Quantised | None = None,
+        again: Recomputation | None = None,
+    ) -> Tensor:
         """``payload``: the rows as they came in FP8, for the layer's ``products``."""
+        again = again or Recomputation()
         h = self.gate_up(rows_RD, ends_E, payload)
         if self.down.products is not None:
             return self.down.products.swiglu_linear(h, weights_R, self.down.weight, self.down.owner, ends_E)
-        y = swiglu(h, weights_R) if self.owner is None else _SwiGLU.apply(h, weights_R)
-        return self.down(y, ends_E)
+        return self.down(again("swiglu", swiglu if self.owner is None else _SwiGLU.apply, h, weights_R), ends_E)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.linear import Linear
+from model.recompute import Recomputation
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,11 @@ class Router(nn.Module):
         self.centroids = Linear(config.hidden_size, config.n_routed_experts)
         self.register_buffer("bias_E", torch.zeros(config.n_routed_experts))
 
-    def forward(self, x_BSD: Tensor) -> Routing:
-        c = self.config
+    def forward(self, x_BSD: Tensor, again: Recomputation | None = None) -> Routing:
+        """``again``: what is made again of the layer; the FP32 input is, where ``x_BSD`` is."""
+        c, again = self.config, again or Recomputation()
         # The gate runs in FP32 even under BF16: a rounded score changes which expert is chosen.
-        scores_BSE = torch.sigmoid(self.centroids(x_BSD.float()))
+        scores_BSE = torch.sigmoid(self.centroids(again("norm", Tensor.float, x_BSD)))
         scores_TE = scores_BSE.flatten(0, 1)
         indices_TK = choose(scores_TE.detach(), self.bias_E, c)
         weights_TK = scores_TE.gather(1, indices_TK)

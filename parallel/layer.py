@@ -10,6 +10,7 @@ B batch, S sequence, T = B·S tokens, D model.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,27 @@ from model.block import Block
 from model.exchange import Dispatched, Exchange, Pending
 from model.linear import Contribution, WeightGradients
 from model.positions import Positions
+from model.recompute import Recomputation
 
 Deferred = list[tuple[nn.Parameter, Contribution]]
 
 
+class _Enter(torch.autograd.Function):
+    """An input of a graph, whose gradient goes to an anchor: the graph then holds an input only if it saved it."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None
+
+
 @dataclass
 class Graph:
-    """One piece of autograd graph: its detached inputs, and the edges at its other end, None for an output without a
-    gradient. It holds what its operations saved, and no output for its own sake."""
+    """One piece of autograd graph: what stands for its inputs, and the edges at its other end, None for an output
+    without a gradient. It holds what its operations saved, and no input or output for its own sake."""
 
     inputs: tuple[Tensor, ...]
     edges: tuple[GradientEdge | None, ...]
@@ -51,12 +65,14 @@ def run_graph(
 ) -> tuple[Graph, tuple[Tensor, ...]]:
     """Call ``function`` on detached copies of ``inputs`` -> the graph, and the detached outputs; in no-grad mode
     nothing is recorded."""
+    anchors: tuple[Tensor, ...] = ()
     if torch.is_grad_enabled():
-        inputs = tuple(x.detach().requires_grad_() for x in inputs)
+        anchors = tuple(x.new_zeros(()).expand(x.shape).requires_grad_() for x in inputs)
+        inputs = tuple(_Enter.apply(anchor, x) for anchor, x in zip(anchors, inputs, strict=True))
     outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     edges = tuple(get_gradient_edge(o) if o.requires_grad else None for o in outputs)
-    return Graph(inputs, edges), tuple(o.detach() for o in outputs)
+    return Graph(anchors, edges), tuple(o.detach() for o in outputs)
 
 
 @dataclass
@@ -84,6 +100,7 @@ class LayerForward:
     ) -> None:
         self.block, self.exchange, self.positions, self.routed = block, exchange, positions, routed
         self.kept = LayerRun()
+        self._again = Recomputation(block.recompute)
         self._x_BSD = x_BSD
         self._y_RD: Tensor | None = None
         self._dispatched: Pending[Dispatched] | None = None
@@ -93,7 +110,7 @@ class LayerForward:
         match phase:
             case Phase.ATTENTION:
                 self.kept.attention, outputs = run_graph(
-                    lambda x: _attention(self.block, x, self.positions), self._x_BSD
+                    lambda x: _attention(self.block, x, self.positions, self._again), self._x_BSD
                 )
                 self._h_BSD, self._u_BSD, *self._routing = outputs
             case Phase.DISPATCH if self._routing:
@@ -118,12 +135,12 @@ class LayerForward:
     def _mlp(self) -> None:
         self._out_BSD = self._h_BSD
         if self.block.mlp is not None:
-            self.kept.local, (s_BSD,) = run_graph(self.block.local_phase, self._u_BSD)
+            self.kept.local, (s_BSD,) = run_graph(lambda u: self.block.local_phase(u, self._again), self._u_BSD)
             self._out_BSD = self._h_BSD + s_BSD
         if self._dispatched is not None:
             arrived = self._dispatched.wait()
             self.kept.experts, (self._y_RD,) = run_graph(
-                lambda rows, weights: self.block.expert_phase(rows, weights, arrived),
+                lambda rows, weights: self.block.expert_phase(rows, weights, arrived, self._again),
                 arrived.rows_RD,
                 arrived.weights_R,
             )
@@ -196,8 +213,8 @@ def apply(kept: LayerRun, gradients: WeightGradients, phase: Phase) -> None:
     gradients.apply(kept.deferred.pop(phase))
 
 
-def _attention(block: Block, x_BSD: Tensor, positions: Positions) -> tuple[Tensor, ...]:
-    attended = block.attention_phase(x_BSD, positions)
+def _attention(block: Block, x_BSD: Tensor, positions: Positions, again: Recomputation) -> tuple[Tensor, ...]:
+    attended = block.attention_phase(x_BSD, positions, again)
     routing = attended.routing
     if routing is None:
         return attended.h_BSD, attended.u_BSD

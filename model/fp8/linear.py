@@ -23,6 +23,7 @@ from model.fp8.gemm import Gemm
 from model.fp8.quantise import Quantised, Scale, Tile, dequantise, quantise, requantise
 from model.linear import WeightGradients
 from model.mlp import swiglu_backward
+from model.recompute import Recomputation
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,11 @@ class Fp8Products:
         owner: WeightGradients | None,
         ends_E: Tensor | None,
         payload: Quantised | None = None,
+        again: Recomputation | None = None,
     ) -> Tensor:
-        y: Tensor = _Fp8Linear.apply(x, weight, owner, ends_E, self, payload)
+        x_TD, again = x.reshape(-1, x.shape[-1]), again or Recomputation()
+        operand = self.operand(x_TD, again) if payload is None else payload
+        y: Tensor = _Fp8Linear.apply(x, weight, owner, ends_E, self, operand, self.kept(x_TD, operand, again))
         return y
 
     def swiglu_linear(
@@ -63,15 +67,15 @@ class Fp8Products:
         y: Tensor = _Fp8SwiGLULinear.apply(x, weights_R, weight, owner, ends_E, self)
         return y
 
-    def operand(self, x_TD: Tensor) -> Quantised:
+    def operand(self, x_TD: Tensor, again: Recomputation) -> Quantised:
         """The input as Fprop takes it."""
-        return quantise(x_TD, Tile.ROW, self.recipe.input_scale)
+        return _rows(x_TD, self.recipe.input_scale, E4M3, again)
 
-    def kept(self, x_TD: Tensor, operand: Quantised) -> Quantised:
+    def kept(self, x_TD: Tensor, operand: Quantised, again: Recomputation) -> Quantised:
         """The input as it is kept for Wgrad."""
         if self.recipe.stored is E4M3:
             return operand
-        return quantise(x_TD, Tile.ROW, Scale.POWER_OF_TWO, self.recipe.stored)
+        return _rows(x_TD, Scale.POWER_OF_TWO, self.recipe.stored, again)
 
     def output(self, operand: Quantised, weight: Tensor, ends_E: Tensor | None, dtype: torch.dtype) -> Tensor:
         return self.gemm.fprop(operand, quantise(weight, Tile.BLOCK), ends_E, dtype)
@@ -92,7 +96,20 @@ class Fp8Products:
         return self.gemm.swiglu_columns(swiglu_input, weights_T, self.recipe.input_scale, ends_E)
 
 
+def _rows(x_TD: Tensor, scale: Scale, stored: Format, again: Recomputation) -> Quantised:
+    """In ROW tiles, once for all layers of the same input, and made again where ``x_TD`` is."""
+    numbers, scales = again.derived(x_TD, _in_rows, scale, stored)
+    return Quantised(numbers, scales, Tile.ROW, stored, x_TD.shape[-1])
+
+
+def _in_rows(x_TD: Tensor, scale: Scale, stored: Format) -> tuple[Tensor, Tensor]:
+    q = quantise(x_TD, Tile.ROW, scale, stored)
+    return q.stored, q.scales
+
+
 class _Fp8Linear(torch.autograd.Function):
+    """``operand`` and ``kept``: the input as Fprop takes it, and as Wgrad will."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -101,11 +118,9 @@ class _Fp8Linear(torch.autograd.Function):
         owner: WeightGradients | None,
         ends_E: Tensor | None,
         products: Fp8Products,
-        payload: Quantised | None,
+        operand: Quantised,
+        kept: Quantised,
     ) -> Tensor:
-        x_TD = x.reshape(-1, x.shape[-1]) if payload is None else x
-        operand = products.operand(x_TD) if payload is None else payload
-        kept = products.kept(x_TD, operand)
         ctx.save_for_backward(kept.stored, kept.scales, weight, ends_E)
         ctx.weight, ctx.owner, ctx.products, ctx.dtype, ctx.shape = weight, owner, products, x.dtype, x.shape
         return products.output(operand, weight, ends_E, x.dtype).view(*x.shape[:-1], weight.shape[-2])
@@ -122,7 +137,7 @@ class _Fp8Linear(torch.autograd.Function):
         gw = _deliver(
             ctx, ctx.needs_input_grad[1], lambda: products.gemm.wgrad(gy, products.input_columns(kept, ends_E))
         )
-        return gx, gw, None, None, None, None
+        return gx, gw, None, None, None, None, None
 
 
 class _Fp8SwiGLULinear(torch.autograd.Function):

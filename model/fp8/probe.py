@@ -21,6 +21,7 @@ from model.fp8.linear import Fp8Products
 from model.fp8.quantise import Quantised, Tile, dequantise, quantise
 from model.linear import GroupedLinear, Linear, WeightGradients
 from model.mlp import swiglu
+from model.recompute import Recomputation
 
 KINDS = ("input", "weight", "gradient", "gradient_block", "fprop", "dgrad", "wgrad")
 """Errors that a probe measures: of the input, the weight and the output gradient as they enter the products, of the
@@ -44,11 +45,14 @@ class Probe:
         owner: WeightGradients | None,
         ends_E: Tensor | None,
         payload: Quantised | None = None,
+        again: Recomputation | None = None,
     ) -> Tensor:
         assert owner is None and payload is None
+        products = self.products
 
         def columns(x_TD: Tensor) -> Quantised:
-            return self.products.input_columns(self.products.kept(x_TD, self.products.operand(x_TD)), ends_E)
+            alone = Recomputation()
+            return products.input_columns(products.kept(x_TD, products.operand(x_TD, alone), alone), ends_E)
 
         y: Tensor = _Probed.apply(x, weight, ends_E, self, columns)
         return y
@@ -91,7 +95,7 @@ class _Probed(torch.autograd.Function):
     ) -> Tensor:
         x_TD = x.reshape(-1, x.shape[-1])
         y_TF = _product(x_TD, weight.transpose(-1, -2), ends_E)
-        operand = probe.products.operand(x_TD)
+        operand = probe.products.operand(x_TD, Recomputation())
         probe.note("input", dequantise(operand), x_TD)
         probe.note("weight", dequantise(quantise(weight, Tile.BLOCK)), weight)
         probe.note("fprop", probe.products.output(operand, weight, ends_E, torch.float32), y_TF)

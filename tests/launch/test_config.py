@@ -353,3 +353,24 @@ def test_hierarchical_dispatch_needs_whole_nodes(tmp_path: Path) -> None:
     )
     for ranks in (0, 1, 2, 4, 8):  # 0 is for the launcher to say
         assert loads(tmp_path, MINIMAL, *sized, f"layout.ranks_per_node={ranks}").layout.ranks_per_node == ranks
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("[norm, swigl]", "model.recompute[1]='swigl' must be norm or mla_up or swiglu"),
+        ("[norm, norm]", "model.recompute=['norm', 'norm'] must name nothing twice"),
+        ("norm", "model.recompute='norm' must be a list, each item norm or mla_up or swiglu or full"),
+    ],
+)
+def test_recompute_is_a_list_of_known_names_or_full(tmp_path: Path, value: str, message: str) -> None:
+    assert refusal(tmp_path, MINIMAL, f"model.recompute={value}") == message
+
+
+def test_recompute_survives_a_dump_and_may_change_in_a_run(tmp_path: Path) -> None:
+    some, full = (loads(tmp_path, MINIMAL, f"model.recompute={value}") for value in ("[norm, mla_up]", "full"))
+    assert some.model.recompute == ("norm", "mla_up") and full.model.recompute == "full"
+    for config in (some, full):
+        assert loads(tmp_path, dump(config)) == config
+    refused, recorded = resume_differences(some, full)
+    assert refused == [] and recorded == ["model.recompute: run has ('norm', 'mla_up'), given 'full'"]
