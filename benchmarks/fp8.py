@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,14 @@ WIDTHS = {
 }
 """(inputs, outputs) of linear layers."""
 TOKENS = {"cpu": 512, "cuda": 4096}
+EXPERTS = {
+    "cpu": (8, {"expert.gate_up": (256, 256), "expert.down": (128, 256)}),
+    "cuda": (8, {"expert.gate_up": (7168, 4096), "expert.down": (2048, 7168)}),
+}
+"""How many, and (inputs, outputs) of theirs; a token goes to four of them."""
+CPU = "cpu, one thread, CPU time"
+DEEPGEMM_TFLOPS = 1550
+"""The most that DeepGEMM publishes for its block-scaled products on an H800 (its README, 18 April 2025)."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +129,33 @@ def linear_layers(bench: Bench) -> list[dict[str, Any]]:
     return rows
 
 
+def expert_products(bench: Bench) -> list[dict[str, Any]]:
+    """Fprop of experts with unequal numbers of rows, on operands that are ready: BF16 one expert after another and as
+    torch's grouped product, and FP8."""
+    (experts, widths), rows = EXPERTS[bench.device.type], TOKENS[bench.device.type] * 4
+    shares = torch.arange(1, experts + 1)
+    ends = (rows * shares.cumsum(0) // shares.sum()).to(bench.device, torch.int32)
+    bounds, found = list(pairwise([0, *ends.tolist()])), []
+    for name, (inputs, outputs) in widths.items():
+        x = torch.randn(rows, inputs, device=bench.device).bfloat16()
+        w = torch.randn(experts, outputs, inputs, device=bench.device).bfloat16()
+        qx, qw = quantise(x, Tile.ROW, Scale.POWER_OF_TWO), quantise(w, Tile.BLOCK)
+        times = bench.times(
+            {
+                "bf16 loop": partial(_one_by_one, x, w, bounds),
+                "bf16 grouped": partial(F.grouped_mm, x, w.transpose(1, 2), offs=ends),
+                "fp8": partial(bench.choice.gemm.fprop, qx, qw, ends, torch.bfloat16),
+            }
+        )
+        tflops = 2 * rows * inputs * outputs / times["fp8"] / 1e9
+        found.append({"layer": name, "shape": [experts, rows, inputs, outputs], "ms": times, "fp8_tflops": tflops})
+    return found
+
+
+def _one_by_one(x: Tensor, w: Tensor, bounds: list[tuple[int, int]]) -> list[Tensor]:
+    return [F.linear(x[start:stop], of) for (start, stop), of in zip(bounds, w, strict=True)]
+
+
 def forward_backward(layer: Linear, x: Tensor, gy: Tensor) -> Callable[[], object]:
     owner = WeightGradients({layer.weight: torch.zeros(layer.weight.shape, device=x.device)})
     own(layer, owner)
@@ -163,10 +199,11 @@ def training_step(bench: Bench, config: Config) -> dict[str, Any]:
 
 def measure(bench: Bench, config: Config) -> dict[str, Any]:
     result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu, one thread, CPU time",
+        "device": torch.cuda.get_device_name() if bench.device.type == "cuda" else CPU,
         "backend": str(bench.choice),
         "quantise": quantisation(bench),
         "linear": linear_layers(bench),
+        "experts": expert_products(bench),
     }
     if bench.device.type == "cpu":
         result["step"] = training_step(bench, config)
@@ -192,12 +229,29 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
         )
         table.add_row(row["layer"], ", ".join(map(str, row["shape"])), *figures)
     console.print(table)
+    console.print(_experts_table(result["experts"]))
+    if result["device"] != CPU:
+        console.print(f"DeepGEMM publishes up to {DEEPGEMM_TFLOPS} TFLOPS on an H800 for such products")
     if "step" in result:
         step = result["step"]
         bf16, fp8 = (f"{step['ms'][name]:.0f} ms" for name in ("bf16", "fp8"))
         console.print(
             f"training step, {step['tokens']} tokens: BF16 {bf16}, FP8 {fp8}; FP8 / BF16 {step['fp8_over_bf16']:.2f}x"
         )
+
+
+def _experts_table(rows: list[dict[str, Any]]) -> Table:
+    columns = ("BF16 loop ms", "BF16 grouped ms", "FP8 ms", "loop / FP8", "grouped / FP8", "FP8 TFLOPS")
+    table = _table("experts of unequal size, Fprop alone", "layer", "E, R, D, F", *columns)
+    for row in rows:
+        ms = row["ms"]
+        figures = (
+            *(f"{ms[name]:.2f}" for name in ("bf16 loop", "bf16 grouped", "fp8")),
+            *(f"{ms[name] / ms['fp8']:.2f}x" for name in ("bf16 loop", "bf16 grouped")),
+            f"{row['fp8_tflops']:.2f}",
+        )
+        table.add_row(row["layer"], ", ".join(map(str, row["shape"])), *figures)
+    return table
 
 
 def _table(title: str, *columns: str) -> Table:
