@@ -60,7 +60,7 @@ class Group:
     """The ranks of one layout, as processes that do what they are told over a pipe; ``copies`` of a layout of one rank
     are strangers that work at the same time."""
 
-    def __init__(self, config: Config, folder: Path, copies: int = 1) -> None:
+    def __init__(self, config: Config, store: Path, copies: int = 1) -> None:
         assert copies == 1 or config.layout.world_size == 1
         self.world, self.copies = config.layout.world_size * copies, copies
         context = mp.get_context("forkserver")
@@ -69,7 +69,7 @@ class Group:
         for number in range(self.world):
             rank = number // copies
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, config, folder / "store", rank))
+            process = context.Process(target=_serve, args=(theirs, config, store, rank))
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -122,8 +122,8 @@ def started(wanted: Sequence[tuple[Config, int]]) -> Iterator[list[Group]]:
     groups: list[Group] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for config, copies in wanted:
-                groups.append(Group(config, Path(folder), copies))
+            for number, (config, copies) in enumerate(wanted):
+                groups.append(Group(config, Path(folder) / f"store{number}", copies))
             yield groups
         finally:
             for group in groups:

@@ -18,7 +18,7 @@ from parallel.estimate.fit import check
 from parallel.estimate.hardware import WHAT_IF, Cluster, changed, from_mapping
 from parallel.estimate.plan import Plan, Run, make_plan
 from parallel.estimate.search import search
-from parallel.estimate.workload import PRECISIONS, RECOMPUTES, Precision, Recompute, Workload
+from parallel.estimate.workload import PRECISIONS, Precision, Recompute, Workload
 
 CLUSTERS = Path(__file__).parents[1] / "configs" / "clusters"
 DEFAULT_CLUSTER = "h800"
@@ -29,8 +29,8 @@ what-if, KEY=VALUE,...:
   nvlink=900  ib=100          links: GB/s inside a node, both ways together; between nodes, one way, for each GPU
   memory_gb=141  ...          any other key of a cluster, as in configs/clusters
   precision                   of products: {", ".join(PRECISIONS)}; otherwise the configuration's
-  recompute                   {" or ".join(RECOMPUTES)}: keep everything, or make norms, MLA's up-projections and
-                              SwiGLU's output again in backward, as DeepSeek-V3 does
+  recompute                   none; selective: norms, MLA's up-projections and SwiGLU's output are made again in
+                              backward, as DeepSeek-V3 does; full: all between the inputs of a layer's phases
   mtp=1                       multi-token-prediction modules; otherwise the configuration's
   imbalance=1.1               rows of the busiest expert-parallel rank over the mean
 
@@ -97,7 +97,11 @@ def _search(args: argparse.Namespace) -> str:
     workload, cluster, run = _inputs(args)
     found = search(workload, cluster, run)
     if not found.plans:
-        raise UsageError(f"none of {found.tried} layouts of {workload.layout.world_size} GPUs fits on {cluster.name}")
+        raise UsageError(
+            f"none of {found.tried} layouts of {workload.layout.world_size} GPUs fits on {cluster.name}: "
+            f"{plan_table.named(found.smallest.workload)} needs least, "
+            f"{found.smallest.memory_bytes / 1e9:.1f} of {cluster.memory_gb * cluster.usable_memory:.1f} GB"
+        )
     if args.json:
         plans = [plan.to_json() for plan in found.plans]
         return json.dumps({"tried": found.tried, "feasible": len(found.candidates), "plans": plans})
@@ -145,6 +149,8 @@ def workload_of(config: Config, changes: Mapping[str, Any] = MappingProxyType({}
         moment_bytes={"fp32": 4, "bf16": 2}[config.optimizer.moments],
         recompute=cast(Recompute, changes.get("recompute", "none")),
         mtp=config.model.num_nextn_predict_layers,
+        # A change of precision takes DeepSeek-V3's payload with it, unless the configuration says otherwise.
+        fp8_payload=config.dispatch.payload != "plain",
     )
     return replace(workload, **{key: value for key, value in changes.items() if key in ("mtp", "imbalance")})
 

@@ -8,6 +8,7 @@ from parallel.estimate.plan import Plan
 from parallel.estimate.run import DAY
 from parallel.estimate.search import Found
 from parallel.estimate.step import idle_by_cause
+from parallel.estimate.workload import Workload
 
 _CAUSES = {
     "warmup": "warm-up",
@@ -40,9 +41,10 @@ def report(plan: Plan) -> str:
 def ranking(found: Found) -> str:
     """The best layouts by simulated step."""
     rows = [
-        "step s,closed form,schedule,pipeline,data,expert,micro-batch,recompute,fullest GB,MFU causal,hours/T".split(
-            ","
-        )
+        (
+            "step s,closed form,schedule,pipeline,data,expert,micro-batch,recompute,moments,payload,fullest GB,"
+            "MFU causal,hours/T"
+        ).split(",")
     ]
     closed = {candidate.workload: candidate.step_seconds for candidate in found.candidates}
     for plan in found.plans:
@@ -54,6 +56,8 @@ def ranking(found: Found) -> str:
                 w.schedule,
                 *map(str, (w.layout.pipeline, w.layout.data, w.layout.expert, w.micro_batch_size)),
                 w.recompute,
+                {2: "bf16", 4: "fp32"}[w.moment_bytes],
+                _payload(w),
                 f"{plan.memory[plan.fullest_rank].total / 1e9:.1f}",
                 f"{plan.mfu[0]:.1%}",
                 f"{plan.gpu_hours_per_trillion_tokens / 1e3:.1f}K",
@@ -61,6 +65,18 @@ def ranking(found: Found) -> str:
         )
     summary = f"{found.tried} layouts, {len(found.candidates)} fit in memory, the best {len(found.plans)} simulated"
     return "\n".join([aligned(rows), "", summary])
+
+
+def named(w: Workload) -> str:
+    """A layout in words."""
+    return (
+        f"{w.schedule}, pipeline {w.layout.pipeline} x data {w.layout.data}, expert {w.layout.expert}, "
+        f"micro-batch {w.micro_batch_size}, recompute {w.recompute}"
+    )
+
+
+def _payload(w: Workload) -> str:
+    return w.precision if w.precision != "fp8" or w.fp8_payload else "bf16"
 
 
 def _ranks(plan: Plan) -> str:

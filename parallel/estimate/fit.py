@@ -37,9 +37,11 @@ def _fits(plan: Plan, workload: Workload) -> bool:
 
 def _changes(workload: Workload) -> Iterator[tuple[str, Workload]]:
     """Changes, the cheapest first, and the words for them; each alone, then on top of recomputation."""
-    selective = replace(workload, recompute="selective")
+    selective = replace(workload, recompute="selective") if workload.recompute == "none" else workload
     if workload.recompute == "none":
         yield "recompute=selective", selective
+    if workload.recompute != "full":
+        yield "recompute=full", replace(workload, recompute="full")
     prefix = "recompute=selective and " if workload.recompute == "none" else ""
     layout, c = workload.layout, workload.model
     if workload.micro_batch_size % 2 == 0:

@@ -6,7 +6,7 @@ group (``parallel/mesh.py``), which for routed experts is smaller by the expert-
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dualpipe.program import Program
 from parallel.estimate.operations import Operations
@@ -69,9 +69,13 @@ def stage_parameters(operations: Operations, layers: Sequence[range]) -> list[St
 
 def layer_activation_bytes(workload: Workload, moe: bool) -> float:
     """What one layer keeps of one micro-batch from its forward to the end of its backward."""
+    c = workload.model
+    if workload.recompute == "full":  # the inputs of attention and of the MLP, and the rows that came
+        rows = c.num_experts_per_tok * workload.imbalance if moe else 0
+        of_a_row = c.hidden_size * _operand_bytes(workload) + 36
+        return workload.tokens * (2 * c.hidden_size * workload.activation_width + rows * of_a_row)
     selective = workload.recompute == "selective"
     token, row = _selective_bytes(workload) if selective else _kept_bytes(workload)
-    c = workload.model
     token += row(c.n_shared_experts * c.moe_intermediate_size if moe else c.intermediate_size)
     if not moe:
         return workload.tokens * token
@@ -164,9 +168,11 @@ def rank_memory(
 
 def _buffers(workload: Workload, program: Program) -> float:
     c, width, state = workload.model, workload.activation_width, message_bytes(workload)
+    # What is made again of a layer is there while its backward runs.
+    again = layer_activation_bytes(replace(workload, recompute="none"), True) if workload.recompute == "full" else 0.0
     messages = 4 * 3 * state if program.ranks > 1 else 0  # four channels: two received ahead, one being sent
     rows = workload.tokens * c.num_experts_per_tok * c.hidden_size * width * workload.imbalance
-    return messages + (2 * rows if workload.layout.expert > 1 else 0.0)
+    return again + messages + (2 * rows if workload.layout.expert > 1 else 0.0)
 
 
 def message_bytes(workload: Workload) -> float:

@@ -102,6 +102,9 @@ class Operations:
             cost[part] += getattr(self.cluster, f"{name}_us") * 1e-6
             if part in SMALL:
                 cost[part] += self._small(f"{name}_memory", self.small_bytes(part, moe))
+        if self.workload.recompute == "full":
+            for phase in (Phase.ATTENTION, Phase.MLP):
+                cost[phase, I] += cost[phase, F]
         if self.cluster.shares_cores:  # a core that moves bytes computes nothing meanwhile
             for phase, op in _COMMUNICATION:
                 cost[Phase.MLP, op] += cost[phase, op]
@@ -188,7 +191,8 @@ class Operations:
     def _row_bytes(self) -> float:
         """Of a token on its way to an expert: FP8 with an FP32 scale for each 128 numbers, or as it is computed."""
         hidden = self.workload.model.hidden_size
-        return hidden * (1 + 4 / 128) if self.workload.precision == "fp8" else hidden * self.workload.activation_width
+        narrow = self.workload.precision == "fp8" and self.workload.fp8_payload
+        return hidden * (1 + 4 / 128) if narrow else hidden * self.workload.activation_width
 
     def _rows(self) -> float:
         """R: rows of the busiest rank's routed experts, for one micro-batch of every rank of the group."""
@@ -210,7 +214,7 @@ class Operations:
 
     def _recomputed(self) -> float:
         """MLA's up-projections, where they run again."""
-        if self.workload.recompute == "none":
+        if self.workload.recompute != "selective":
             return 0.0
         matrices = self.attention_matrices()
         again = [matrices[name] for name in ("q_b", "kv_b") if name in matrices]

@@ -168,6 +168,8 @@ class Plan:
             "microbatches": self.workload.microbatches,
             "precision": self.workload.precision,
             "recompute": self.workload.recompute,
+            "moments": {2: "bf16", 4: "fp32"}[self.workload.moment_bytes],
+            "fp8_payload": self.workload.precision == "fp8" and self.workload.fp8_payload,
             "mtp": self.workload.mtp,
             "layers": [len(each) for each in self.layers],
             "step_seconds": self.step_seconds,

@@ -7,6 +7,7 @@ stage, and the end of the step. It knows no messages and no uneven waiting; that
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 
 from dualpipe import schedules
 from dualpipe.program import Op, Program
@@ -27,6 +28,8 @@ from parallel.estimate.workload import RECOMPUTES, Workload
 
 SIMULATED = 20
 MICRO_BATCHES = (1, 2, 4, 8)
+MOMENTS = (2, 4)
+"""Bytes of an optimizer's moment."""
 
 
 @dataclass(frozen=True)
@@ -41,28 +44,33 @@ class Candidate:
 @dataclass(frozen=True)
 class Found:
     """``candidates`` fit in memory and are ordered by closed form, ``plans`` are the best of them by simulation.
-    ``tried`` counts those that do not fit, too."""
+    ``tried`` counts those that do not fit, too; ``smallest`` is the one of all that needs the least memory."""
 
     tried: int
+    smallest: Candidate
     candidates: list[Candidate]
     plans: list[Plan]
 
 
 def search(workload: Workload, cluster: Cluster, run: Run, simulated: int = SIMULATED) -> Found:
-    """Pipeline, expert and data parallelism, micro-batch, recomputation and schedule, for the workload's GPUs and
-    global batch. ``run`` counts the workload's steps, which every layout has in common."""
+    """Pipeline, expert and data parallelism, micro-batch, recomputation, schedule, width of moments and of what is
+    dispatched, for the workload's GPUs and global batch. ``run`` counts the workload's steps, which every layout has in
+    common. Raises ValueError if no schedule runs."""
     closed = ClosedForm(cluster)
     found = [closed.candidate(each) for each in layouts(workload)]
+    if not found:
+        raise ValueError(f"no schedule runs this global batch on any layout of {workload.layout.world_size} GPUs")
     usable = cluster.memory_gb * 1e9 * cluster.usable_memory
     fitting = sorted((c for c in found if c.memory_bytes <= usable), key=lambda c: c.step_seconds)
     plans = [make_plan(candidate.workload, cluster, run) for candidate in fitting[:simulated]]
     plans = sorted((plan for plan in plans if plan.fits), key=lambda plan: plan.step_seconds)
-    return Found(len(found), fitting, plans)
+    return Found(len(found), min(found, key=lambda c: c.memory_bytes), fitting, plans)
 
 
 def layouts(workload: Workload) -> Iterator[Workload]:
     """Every workload with the same model, GPUs and global batch that its schedule and its model allow."""
     world, c = workload.layout.world_size, workload.model
+    payloads = (True, False) if workload.precision == "fp8" else (True,)
     batch = workload.microbatches * workload.micro_batch_size * workload.layout.data
     for pipeline in _divisors(world):
         data = world // pipeline
@@ -77,7 +85,7 @@ def layouts(workload: Workload) -> Iterator[Workload]:
                     if c.n_routed_experts % expert or workload.imbalance > expert:
                         continue
                     layout = replace(workload.layout, pipeline=pipeline, data=data, expert=expert)
-                    for recompute in RECOMPUTES:
+                    for recompute, moments, fp8_payload in product(RECOMPUTES, MOMENTS, payloads):
                         yield replace(
                             workload,
                             layout=layout,
@@ -85,6 +93,8 @@ def layouts(workload: Workload) -> Iterator[Workload]:
                             micro_batch_size=size,
                             microbatches=microbatches,
                             recompute=recompute,
+                            moment_bytes=moments,
+                            fp8_payload=fp8_payload,
                         )
 
 
@@ -115,7 +125,7 @@ class ClosedForm:
     def _price(self, workload: Workload, stages: int) -> "_Priced":
         """Costs of stages depend on neither the schedule nor the number of replicas."""
         layout = replace(workload.layout, pipeline=1, data=workload.layout.expert)
-        alike = replace(workload, layout=layout, schedule="", microbatches=1)
+        alike = replace(workload, layout=layout, schedule="", microbatches=1, moment_bytes=0)
         if alike not in self._operations:
             self._operations[alike] = Operations(alike, self.cluster)
         operations, key = self._operations[alike], (alike, stages)

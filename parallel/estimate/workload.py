@@ -10,10 +10,10 @@ from model.config import ModelConfig
 from parallel.mesh import Layout
 
 Precision = Literal["fp8", "bf16", "fp32"]
-Recompute = Literal["none", "selective"]
+Recompute = Literal["none", "selective", "full"]
 
 PRECISIONS: tuple[Precision, ...] = ("fp8", "bf16", "fp32")
-RECOMPUTES: tuple[Recompute, ...] = ("none", "selective")
+RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class Workload:
     """Of one of the optimizer's two moments, a parameter."""
     recompute: Recompute = "none"
     """``selective``: norms, MLA's up-projections and SwiGLU's output are made again in backward (DeepSeek-V3 report,
-    3.2.3 and 3.3.3)."""
+    3.2.3 and 3.3.3); ``full``: everything between the inputs of a layer's phases."""
+    fp8_payload: bool = True
+    """Whether what is dispatched travels in FP8, where products are FP8."""
     mtp: int = 0
     """Multi-token-prediction modules behind the last layer: a projection, an MoE layer and a pass of the head."""
     imbalance: float = 1.0

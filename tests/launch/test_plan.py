@@ -119,6 +119,13 @@ def test_a_cluster_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str
     )
 
 
+def test_a_search_without_a_layout_that_fits_names_the_smallest(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["layout.pipeline=4", "layout.data=8", "layout.expert=8", "train.global_batch_size=64"]
+    assert main([V3, *small, "phases.global_batch_size=[]", *AS_TRAINED, "--search"]) == 2
+    error = capsys.readouterr().err
+    assert "layouts of 32 GPUs fits on h800" in error and "needs least" in error and error.count("\n") == 1
+
+
 def test_phases_are_priced_and_compared(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "phases.yaml"
     file.write_text(

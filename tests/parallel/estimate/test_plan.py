@@ -1,6 +1,7 @@
 """Plans: the published run, sums that must hold, and what more or less of something must do."""
 
 from dataclasses import asdict, replace
+from time import process_time
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,8 @@ from parallel.estimate.search import layouts, search
 from parallel.estimate.workload import Workload
 from parallel.mesh import Layout
 from tests.parallel.estimate.published import H800, PUBLISHED, RUN, smaller
+
+SHALLOW = replace(PUBLISHED.model, num_hidden_layers=8)
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +68,9 @@ def test_imbalance_and_waiting_never_make_a_step_faster(factor: float) -> None:
 
 
 def test_more_memory_never_makes_fewer_layouts_feasible() -> None:
-    workload = smaller(layout=Layout(pipeline=4, data=32, expert=32), microbatches=8)
+    workload = smaller(model=SHALLOW, layout=Layout(pipeline=4, data=4, expert=4), microbatches=8)
     feasible: set[Workload] = set()
-    for size in (100.0, 200.0, 400.0):
+    for size in (150.0, 300.0, 600.0):
         found = search(workload, replace(H800, memory_gb=size), RUN, simulated=0)
         assert found.tried == len(list(layouts(workload)))
         larger = {candidate.workload for candidate in found.candidates}
@@ -77,12 +80,30 @@ def test_more_memory_never_makes_fewer_layouts_feasible() -> None:
 
 
 def test_the_search_finds_no_layout_slower_than_the_one_given() -> None:
-    found = search(smaller(microbatches=16), replace(H800, memory_gb=200.0), RUN, simulated=3)
-    assert found.plans[0].step_seconds <= _step(smaller(microbatches=16), H800)
+    given = smaller(model=SHALLOW, layout=Layout(pipeline=4, data=4, expert=4), microbatches=16)
+    found = search(given, replace(H800, memory_gb=600.0), RUN, simulated=3)
+    assert found.plans[0].step_seconds <= _step(given, H800)
     assert found.plans == sorted(found.plans, key=lambda plan: plan.step_seconds)
     closed = {candidate.workload: candidate.step_seconds for candidate in found.candidates}
     for plan in found.plans:
         assert plan.step_seconds == pytest.approx(closed[plan.workload], rel=0.2)
+
+
+def test_making_all_again_saves_memory_and_takes_the_forward_once_more() -> None:
+    none, selective, full = (
+        make_plan(smaller(recompute=policy), H800, RUN) for policy in ("none", "selective", "full")
+    )
+    for cheaper, dearer in ((full, selective), (selective, none)):
+        assert all(a.activations < b.activations for a, b in zip(cheaper.memory, dearer.memory, strict=True))
+    assert none.step_seconds < full.step_seconds < none.step_seconds * 4 / 3
+
+
+def test_more_than_a_thousand_layouts_a_second_are_ranked() -> None:
+    """In CPU time; of the published run's layouts, without multi-token prediction, at least 500 fit."""
+    start = process_time()
+    found = search(replace(PUBLISHED, mtp=0), H800, RUN, simulated=0)
+    assert found.tried / (process_time() - start) > 1000
+    assert len(found.candidates) >= 500
 
 
 def test_a_layout_that_does_not_fit_says_where_by_how_much_and_what_would_help() -> None:
