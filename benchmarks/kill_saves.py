@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from model.config import ModelConfig
-from parallel.checkpoint import PREFIX, Progress, damage, published
+from parallel.checkpoint import Progress, damage, published, step_of
 from parallel.mesh import Layout
 from parallel.optimizer_config import OptimizerConfig
 from parallel.saver import Saver
@@ -161,7 +161,7 @@ def kill_saves(folder: Path, kills: int, seed: int) -> Outcome:
         outcome.kills += not save.returned
         outcome.at[kind] += not save.returned
         _lose_power(folder, save.report)
-        newest = max((int(p.name[len(PREFIX) :]) for p in published(folder) if damage(p) is None), default=-1)
+        newest = max((step_of(path) for path in published(folder) if damage(path) is None), default=-1)
         if not (step if save.returned else committed) <= newest <= step:
             how = "behind a loop" if asynchronous else "at once"
             outcome.lost.append(

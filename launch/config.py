@@ -175,9 +175,16 @@ class RecoveryConfig:
     max_restarts: int = 0
     """Times that ``dualpipe train`` starts all ranks again when one of them died; torchrun has its own --max-restarts,
     which decides there."""
+    replicate_every: int = 0
+    """Steps between two snapshots of every rank's state in host memory, its own and that of a rank on another node.
+    Restarted ranks go on from there instead of from the disk. 0 takes none; needs max_restarts, and Linux."""
 
     def __post_init__(self) -> None:
         _check_count("recovery.max_restarts", self.max_restarts)
+        _check_count("recovery.replicate_every", self.replicate_every)
+        needless = self.replicate_every > 0 and self.max_restarts == 0
+        rule = "needs recovery.max_restarts of at least 1: nobody else gives ranks what memory kept"
+        _check(not needless, "recovery.replicate_every", self.replicate_every, rule)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="say what there is to drill, and drill nothing")
     parser.add_argument("--config", metavar="CONFIG", type=Path, help="YAML file; a small tiny-cpu.yaml by default")
     parser.add_argument(
-        "--control", action="store_true", help="without restarts and checksums: every verdict must fail"
+        "--control", action="store_true", help="without restarts, checksums and memory: every verdict must fail"
     )
     parser.add_argument("--json", action="store_true", help="print one list of objects instead of the table")
     return parser
@@ -83,7 +83,7 @@ def _drill(arguments: argparse.Namespace) -> list[Verdict]:
             raise UsageError(f"--control: scenario {name} has no protection that can be switched off")
     config = load(DEFAULT, SHRUNK) if arguments.config is None else load(arguments.config)
     for scenario in chosen:
-        Plan(Path(drive.PLAN_FILE), scenario.faults).check(drive.drilled(config, Path("run")))
+        Plan(Path(drive.PLAN_FILE), scenario.faults).check(drive.drilled(config, Path("run"), scenario))
     with tempfile.TemporaryDirectory(prefix="dualpipe-drill-") as folder:
         verdicts = _run(chosen, config, Path(folder), arguments)
     if arguments.json:
@@ -100,7 +100,7 @@ def _chosen(names: Sequence[str]) -> list[Scenario]:
 
 
 def _has_control(scenario: Scenario) -> bool:
-    """Whether the run survives by something that can be switched off: restarts, or checksums."""
+    """Whether the run survives by something that can be switched off: restarts, checksums, or memory."""
     return scenario.again is Again.LAUNCHER or scenario.damage is not None
 
 

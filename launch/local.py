@@ -4,7 +4,7 @@ The ranks are forked from a server that has imported torch, so that eight of the
 server itself starts no thread and touches no GPU.
 
 When a rank dies, the others are ended and all are started again, which takes a second because the server is still
-there: they go on from the newest whole checkpoint.
+there: they go on from the newest whole checkpoint, or from what the launcher's memory kept of them (``keeper.py``).
 """
 
 import argparse
@@ -32,7 +32,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from launch import output, train
-from launch.config import Config
+from launch.config import Config, ConfigError
+from launch.keeper import Keeper, Regions
 from launch.metrics import read_jsonl
 from launch.run_folder import RunFolder
 from launch.stop import ONE_REQUEST_SECONDS, heeded, say_not_begun
@@ -67,12 +68,24 @@ def start(config: Config, arguments: argparse.Namespace) -> int:
     for the whole: the ranks' own where they agree on bad input."""
     logging.disable(logging.ERROR)  # what torch's launcher logs about ended ranks, the ranks say better
     # The server's socket lives longer than the folder.
-    with _ForkServer() as server, _scratch_folder() as scratch:
+    with _ForkServer() as server, _scratch_folder() as scratch, _memory(config) as arguments.memory:
         _pass_signals_on()
         try:
             return _start(config, arguments, server, scratch)
         except SignalException as stopped:
             return 128 + stopped.sigval
+
+
+@contextlib.contextmanager
+def _memory(config: Config) -> Iterator[list[Regions] | None]:
+    """Each rank's part of the memory that outlives ranks; None when the run keeps nothing there. Raises ConfigError."""
+    if not config.recovery.replicate_every:
+        yield None
+        return
+    if not Keeper.available():
+        raise ConfigError(f"recovery.replicate_every={config.recovery.replicate_every} must be 0: it needs Linux")
+    with Keeper(config.layout.world_size) as keeper:
+        yield keeper.regions
 
 
 @contextlib.contextmanager
@@ -192,7 +205,8 @@ def _start(config: Config, arguments: argparse.Namespace, server: _ForkServer, s
             _say_the_end(failure, most)
             return train.FAILED
         restarts += 1
-        print(f"{failure.cause}; restart {restarts} of {most}, from the newest checkpoint", file=sys.stderr)
+        source = "the newest checkpoint" if arguments.memory is None else "memory or the newest checkpoint"
+        print(f"{failure.cause}; restart {restarts} of {most}, from {source}", file=sys.stderr)
         arguments.recovering = failure
         known = len(folder.events.entries())
     return 0

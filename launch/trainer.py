@@ -27,6 +27,7 @@ from launch.train import DIVERGED
 from parallel import checkpoint
 from parallel.checkpoint import CheckpointError, DamagedCheckpointError, Progress
 from parallel.phases import StepValues
+from parallel.replica import Replica
 from parallel.saver import Saver
 from parallel.stage import PADDING
 from parallel.worker import Job, StepResult, Worker
@@ -68,6 +69,7 @@ class Trainer:
             if self.leads and self.worker.products is not None:
                 self._say(str(self.worker.products))
             self.recorder = Recorder(self.worker.program, config.layout, self.rank) if config.run.trace else None
+            self.replica = self._open_memory()
             if drill is not None:
                 self._expect_faults(drill)
             self._resume()
@@ -103,19 +105,46 @@ class Trainer:
         """Let a drill break this rank. Raises ConfigError for a fault that would never happen."""
         from launch.drills.inject import arm
 
-        arm(plan, self.config, self.rank, self.worker, lambda: self.progress.step + 1)
+        arm(plan, self.config, self.rank, self.worker, self.replica, lambda: self.progress.step + 1)
         if self.leads:
             self._say(f"a drill: the faults of {plan.file} happen to this run")
 
-    def _resume(self) -> None:
-        """Go on from the newest checkpoint that is whole, if there is any.
+    def _open_memory(self) -> Replica | None:
+        """What outlives this rank in memory. Raises ConfigError on every rank when it cannot be had."""
+        every, memory = self.config.recovery.replicate_every, self.arguments.memory
+        if not every:
+            return None
+        if memory is None:
+            raise ConfigError(
+                f"recovery.replicate_every={every} must be 0 under torchrun, whose agents keep no memory for the ranks"
+            )
 
-        Raises CheckpointError on every rank when there are some and none of them is whole.
+        def open_regions() -> Replica:
+            try:
+                return Replica(self.worker, every, *memory[self.rank])
+            except OSError as error:
+                raise ConfigError(
+                    f"recovery.replicate_every={every}: no room in memory for snapshots ({error.strerror})"
+                ) from error
+
+        replica = together(open_regions, (ConfigError,))
+        self.worker.end.readers.append(replica.finish)
+        if self.leads:
+            self.folder.events.write("replica", every=every, bytes=replica.held_bytes, keeper=replica.keeper)
+        return replica
+
+    def _resume(self) -> None:
+        """Go on from memory, or from the newest checkpoint that is whole, whichever is further, if there is any.
+
+        Raises CheckpointError on every rank when there are checkpoints and none of them is whole, nor is memory.
         """
         box = [checkpoint.published(self.folder.checkpoints) if self.leads else []]
         dist.broadcast_object_list(box)
+        choice = self.replica.newest() if self.replica is not None else None
         lacking: CheckpointError | None = None
         for path in reversed(box[0]):
+            if choice is not None and choice.step >= checkpoint.step_of(path):
+                break
             try:
                 self.progress = checkpoint.load(path, self.worker)
             except DamagedCheckpointError as error:
@@ -125,14 +154,25 @@ class Trainer:
                     self._say(f"skipped: {error}")
                     self.folder.events.write("skipped a checkpoint", checkpoint=str(path), reason=str(error))
                 continue
-            if self.leads:
-                self.folder.events.write("resume", step=self.progress.step, checkpoint=str(path))
-                self._say(f"resuming from {path}, after step {self.progress.step}")
-                if self.progress.step >= self.config.train.steps:
-                    self._say(f"nothing to train: train.steps={self.config.train.steps} are done")
-            return
+            self._note_resume(str(path), source="checkpoint", checkpoint=str(path))
+            choice, lacking = None, None
+            break
+        if self.replica is not None and choice is not None:
+            self.progress, lacking = self.replica.restore(choice), None
+            lost = [owner for owner, holder in sorted(choice.holders.items()) if owner != holder]
+            self._note_resume("memory", source="memory", from_peers=lost)
+        if self.replica is not None:
+            self.replica.forget_after(self.progress.step)
         if lacking is not None:
             raise CheckpointError(f"{lacking}; no other is whole, so run.dir={self.folder.path} cannot go on")
+
+    def _note_resume(self, origin: str, **details: Any) -> None:
+        if not self.leads:
+            return
+        self.folder.events.write("resume", step=self.progress.step, **details)
+        self._say(f"resuming from {origin}, after step {self.progress.step}")
+        if self.progress.step >= self.config.train.steps:
+            self._say(f"nothing to train: train.steps={self.config.train.steps} are done")
 
     def _train(self) -> int:
         """The loop; returns the signal that ended it early, or 0."""
@@ -144,6 +184,8 @@ class Trainer:
             while self.progress.step < train.steps and not stopped:
                 entry, stopped = self._step()
                 step = self.progress.step
+                if self.replica is not None and step < train.steps and not stopped:
+                    self.replica.begin(self.progress)
                 validation = None
                 if step == train.steps or (train.validate_every and step % train.validate_every == 0):
                     validation = entry["validation_bits_per_byte"] = self._validate()
@@ -160,6 +202,8 @@ class Trainer:
                 if every and step % every == 0:
                     saved = self._save()
                 self._settle(last=stopped or step == train.steps)
+            if self.replica is not None:
+                self.replica.finish()
             if self.progress.step > saved:
                 self._save()
         stopped = stopped and self.progress.step < train.steps

@@ -169,10 +169,15 @@ def _refuse_strangers(path: Path, worker: Worker) -> None:
         raise CheckpointError(f"{min(stored - known)} is not in this model")
 
 
+def step_of(path: Path) -> int:
+    """By its name."""
+    return int(path.name[len(PREFIX) :])
+
+
 def published(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first, whole or not."""
-    steps = {path: path.name[len(PREFIX) :] for path in folder.glob(f"{PREFIX}*")}  # "step-6.best" is a user's own
-    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
+    named = folder.glob(f"{PREFIX}*")  # "step-6.best" is a user's own
+    return sorted((path for path in named if path.name[len(PREFIX) :].isdecimal()), key=step_of)
 
 
 def missing(path: Path) -> str | None:

@@ -80,6 +80,19 @@ class Layout:
         """Whether two ranks are on different nodes, if nodes are known."""
         return self.ranks_per_node > 0 and rank // self.ranks_per_node != other // self.ranks_per_node
 
+    def keeper(self, rank: int) -> int:
+        """Who keeps a copy of this rank's state: its like on the next node, or where there is one node only, or none
+        is known, the next rank."""
+        return (rank + self._to_keeper) % self.world_size
+
+    def kept(self, rank: int) -> int:
+        """Whose state this rank keeps a copy of."""
+        return (rank - self._to_keeper) % self.world_size
+
+    @property
+    def _to_keeper(self) -> int:
+        return self.ranks_per_node if 0 < self.ranks_per_node < self.world_size else 1
+
     def dense_replicas(self, positions: Sequence[int]) -> list[int]:
         """The ranks that hold a copy of a stage that lives at these pipeline positions."""
         return [self.rank(p, d) for p in sorted(set(positions)) for d in range(self.data)]

@@ -62,14 +62,22 @@ class Evidence:
     leftovers: list[str]
 
 
-def drilled(config: Config, run: Path, restarts: int = 0, asynchronous: bool = False) -> Config:
-    """The configuration that is drilled: the user's, with few steps, many checkpoints and no validation."""
+def drilled(config: Config, run: Path, scenario: Scenario | None = None, control: bool = False) -> Config:
+    """The configuration that is drilled: the user's, with few steps, many checkpoints and no validation; with what a
+    scenario needs, or, as a control, without what protects it."""
+    restarts, every, asynchronous, replicated = 0, EVERY, False, False
+    if scenario is not None:
+        asynchronous = scenario.asynchronous
+        if scenario.replicated:  # its control is restarted too, and finds nothing in memory
+            every, replicated = 0, not control
+        if scenario.again is Again.LAUNCHER and (scenario.replicated or not control):
+            restarts = len(scenario.faults)
     return replace(
         config,
         train=replace(config.train, steps=STEPS, validate_every=0),
         data=replace(config.data, validation_sequences=0),
-        checkpoint=replace(config.checkpoint, every=EVERY, keep=STEPS // EVERY, asynchronous=asynchronous),
-        recovery=replace(config.recovery, max_restarts=restarts),
+        checkpoint=replace(config.checkpoint, every=every, keep=STEPS // EVERY, asynchronous=asynchronous),
+        recovery=replace(config.recovery, max_restarts=restarts, replicate_every=int(replicated)),
         run=replace(config.run, dir=str(run), trace=False),
     )
 
@@ -84,10 +92,8 @@ def undisturbed(config: Config, folder: Path) -> Evidence:
 def disturbed(scenario: Scenario, config: Config, folder: Path, control: bool, limit_seconds: float) -> Evidence:
     """Run a scenario in a fresh folder; ``control``: without what protects the run. Each start may take
     ``limit_seconds``. Raises ConfigError for faults that would never happen to this configuration."""
-    restarts = len(scenario.faults) if scenario.again is Again.LAUNCHER and not control else 0
     plan = Plan(folder / PLAN_FILE, scenario.faults, verify_checkpoints=not control)
-    config = drilled(config, folder / "run", restarts, scenario.asynchronous)
-    with Drive(config, plan, limit_seconds) as drive:
+    with Drive(drilled(config, folder / "run", scenario, control), plan, limit_seconds) as drive:
         attempts, damaged = [drive.start(scenario.interrupt)], None
         # A launcher that was killed cannot remove its temporary files; its processes have to be gone all the same.
         leftovers = drive.leftovers(files_too=scenario.interrupt is not signal.SIGKILL)

@@ -36,13 +36,15 @@ class Action(enum.Enum):
     SEGFAULT = "SIGSEGV"
     ABORT = "SIGABRT"
     RAISE = "InjectedError"
+    LOSE_MEMORY = "SIGKILL, memory lost"
+    """SIGKILL, after all that memory held with this rank is gone, its own snapshots and its peer's: as with a node."""
     FULL_DISK = "File too large"
     """From here on no file that the rank writes may grow beyond a few bytes: the kernel's limit for the process."""
 
     @property
     def shows_as(self) -> str:
         """The word by which the run has to name this cause."""
-        return self.value
+        return self.value.partition(",")[0]
 
 
 SAVING = (Point.SHARD, Point.PUBLISH)

@@ -19,6 +19,7 @@ from typing import Any
 from launch.config import Config
 from launch.drills.fault import Action, Fault, Plan, Point
 from parallel import checkpoint
+from parallel.replica import Replica
 from parallel.worker import Worker
 
 FULL_DISK_BYTES = 64
@@ -33,7 +34,9 @@ class InjectedError(RuntimeError):
     """The exception that a drill raises."""
 
 
-def arm(plan: Plan, config: Config, rank: int, worker: Worker, current_step: Callable[[], int]) -> None:
+def arm(
+    plan: Plan, config: Config, rank: int, worker: Worker, replica: Replica | None, current_step: Callable[[], int]
+) -> None:
     """Have the faults of this rank happen. ``current_step`` is the step being taken, from 1.
 
     Raises ConfigError for a fault that would never happen.
@@ -43,7 +46,7 @@ def arm(plan: Plan, config: Config, rank: int, worker: Worker, current_step: Cal
         checkpoint.damage = lambda path: None
     for fault in plan.faults:
         if fault.happens_to(rank, config.layout.world_size):
-            _arm(fault, _once(plan.mark(fault), fault), rank, worker, current_step)
+            _arm(fault, _once(plan.mark(fault), fault, replica), rank, worker, current_step)
 
 
 def _arm(fault: Fault, strike: Callable[[], None], rank: int, worker: Worker, current_step: Callable[[], int]) -> None:
@@ -100,7 +103,7 @@ def _on_file(event: str, name: re.Pattern[str], step: int, strike: Callable[[], 
     sys.addaudithook(hook)
 
 
-def _once(happened: Path, fault: Fault) -> Callable[[], None]:
+def _once(happened: Path, fault: Fault, replica: Replica | None) -> Callable[[], None]:
     """Strike the first time only, over all starts of the run, and leave the time of it in a file."""
 
     def strike() -> None:
@@ -110,6 +113,8 @@ def _once(happened: Path, fault: Fault) -> Callable[[], None]:
             return
         os.write(handle, repr(time.time()).encode())
         os.close(handle)
+        if fault.action is Action.LOSE_MEMORY and replica is not None:
+            replica.forget()
         _act(fault.action)
 
     return strike
@@ -117,7 +122,7 @@ def _once(happened: Path, fault: Fault) -> Callable[[], None]:
 
 def _act(action: Action) -> None:
     match action:
-        case Action.KILL:
+        case Action.KILL | Action.LOSE_MEMORY:
             os.kill(os.getpid(), signal.SIGKILL)
         case Action.SEGFAULT:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -36,11 +36,18 @@ class Scenario:
     status: int = 0
     asynchronous: bool = False
     """Whether checkpoints are written behind the loop. Otherwise it is known which steps a checkpoint has."""
+    replicated: bool = False
+    """Whether memory keeps every step, and no checkpoint is written before the end."""
 
 
 def _rank_dies(name: str, action: Action, point: Point, broken: str, rank: int = -1) -> Scenario:
     lost_steps = EVERY if point in SAVING else 1
     return Scenario(name, broken, lost_steps, (Fault(action, rank, _FAULT_STEP, point),), again=Again.LAUNCHER)
+
+
+def _unsaved(name: str, action: Action, broken: str) -> Scenario:
+    killed = Fault(action, -1, _FAULT_STEP, Point.FORWARD)
+    return Scenario(name, broken, 1, (killed,), again=Again.LAUNCHER, replicated=True)
 
 
 def _damaged(name: str, damage: Damage) -> Scenario:
@@ -66,6 +73,8 @@ _ALL = (
         again=Again.LAUNCHER,
         asynchronous=True,
     ),
+    _unsaved("kill-unsaved", Action.KILL, "last rank killed, and there is no checkpoint"),
+    _unsaved("lose-memory", Action.LOSE_MEMORY, "last rank and its node's memory lost; no checkpoint"),
     Scenario(
         "kill-two",
         "first and last rank killed at once",

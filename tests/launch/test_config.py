@@ -133,6 +133,7 @@ def test_text_is_taken_as_it_stands(tmp_path: Path) -> None:
         ("model.hidden_size=0", ["model.hidden_size=0", "at least 1"]),
         ("data.source= ", ["data.source=' '", "path"]),
         ("data.validation_fraction=1", ["data.validation_fraction=1.0", "below 1"]),
+        ("recovery.replicate_every=2", ["recovery.replicate_every=2", "needs recovery.max_restarts of at least 1"]),
         ("checkpoint.keep=0", ["checkpoint.keep=0", "at least 1"]),
         ("run.dir=", ["run.dir=''", "path"]),
         ("schedule.name=dualpip", ["schedule.name=dualpip", "dualpipe"]),

@@ -63,16 +63,17 @@ def _signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def test_a_killed_rank_and_a_flipped_bit_do_not_show_in_the_end(
+def test_a_killed_rank_a_flipped_bit_and_lost_memory_do_not_show_in_the_end(
     two_ranks: Path, temporary: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status = drill.main(["kill-optimizer", "bit-flip", "--config", str(two_ranks), "--json"])
+    status = drill.main(["kill-optimizer", "bit-flip", "lose-memory", "--config", str(two_ranks), "--json"])
     out, error = capsys.readouterr()
     assert status == 0, out + error
-    killed, flipped = json.loads(out)
+    killed, flipped, lost = json.loads(out)
     assert killed["scenario"] == "kill-optimizer" and killed["culprit"] == "rank 1 was ended by SIGKILL"
     assert re.fullmatch(r"step-00000004/__\d_0.distcp", flipped["culprit"])
-    for found in (killed, flipped):
+    assert lost["lost_steps"] <= 1, "no checkpoint was there, and the memory of the rank's peer was"
+    for found in (killed, flipped, lost):
         assert found["passed"] and found["bitwise_equal"] and found["leftovers"] == []
         assert 0 < found["detected_s"] < found["recovered_s"]
     # Step 5 was done and no checkpoint had it; with the checkpoint of step 4 damaged, 3 and 4 go too.
@@ -122,7 +123,7 @@ def test_the_list_has_every_scenario(capsys: pytest.CaptureFixture[str]) -> None
 def test_every_scenario_would_happen_to_the_default_configuration() -> None:
     config = load(drill.DEFAULT, drill.SHRUNK)
     for scenario in SCENARIOS.values():
-        Plan(Path(), scenario.faults).check(drive.drilled(config, Path("run")))
+        Plan(Path(), scenario.faults).check(drive.drilled(config, Path("run"), scenario))
 
 
 FAULTS = st.builds(Fault, st.sampled_from(Action), st.integers(-8, 8), st.integers(1, 1000), st.sampled_from(Point))

@@ -15,6 +15,8 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
 from parallel import checkpoint
 from parallel.checkpoint import CheckpointError, DamagedCheckpointError, Progress, load, missing, published
@@ -83,6 +85,26 @@ def write(rank: int, layout: Layout, folder: Path) -> dict[str, list[Any]]:
     return found
 
 
+def state(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, as a whole, but for the generators' states, of which each rank has its own."""
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    names = [name for name in stored if not name.startswith("rng.")]
+    tensors = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
+    load_distributed(tensors, checkpoint_id=path, no_dist=True)
+    return tensors
+
+
+def assert_same_state(rank: int, path: Path, worker: Worker, progress: Progress) -> None:
+    """What a worker loaded, to the bit, masters, moments and biases: it saves the same again. Collective."""
+    folder = path.parent / f"again-{worker.job.layout.world_size}"
+    again = save(folder, worker, progress, keep=1)
+    if rank == 0:
+        loaded, before = state(again), state(path)
+        assert loaded.keys() == before.keys() and any(name.startswith("bias.") for name in before)
+        assert all(torch.equal(loaded[name], before[name]) for name in before)
+        assert (again / "state.json").read_bytes() == (path / "state.json").read_bytes()
+
+
 def resume(rank: int, layout: Layout, written: list[tuple[str, Path]]) -> list[list[Any]]:
     """Go on from each of the checkpoints, in a worker whose own initial values are others."""
     found = []
@@ -91,7 +113,9 @@ def resume(rank: int, layout: Layout, written: list[tuple[str, Path]]) -> list[l
         job = JOB if name == "fp32" else BF16
         worker = Worker(replace(job, layout=layout, schedule=LAYOUTS[layout], seed=77), rank)
         (path,) = published(folder / name)
-        assert load(path, worker) == Progress(BEFORE, BEFORE * JOB.global_batch_size)
+        progress = load(path, worker)
+        assert progress == Progress(BEFORE, BEFORE * JOB.global_batch_size)
+        assert_same_state(rank, path, worker, progress)
         found.append(figures(worker))
     return found
 

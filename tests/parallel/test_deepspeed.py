@@ -14,12 +14,15 @@ from parallel.deepspeed_backend import BackendUnavailable
 from parallel.mesh import Layout
 from parallel.optimizer_config import OptimizerConfig
 from parallel.worker import Job, StepResult, Worker
+from tests.parallel.test_checkpoint import assert_same_state
 from tests.parallel.test_parity import JOB as PARITY_JOB
 from tests.parallel.test_parity import batch, starve
 from tests.ranks import run_ranks
 
 JOB = replace(PARITY_JOB, global_batch_size=16)  # the least that DualPipe runs on 4 pipeline and 2 data ranks
 STEPS = 5
+OTHER = Layout(1, 2, 2)
+"""Writes a checkpoint that the layout under test goes on from."""
 Figures = list[tuple[float, float]]
 
 
@@ -97,10 +100,17 @@ def resume(rank: int, layout: Layout, folder: Path) -> tuple[Figures, list[Figur
         worker = worker_of(after, layout, rank)
         assert checkpoint.load(path, worker).step == 2
         resumed.append(figures(steps(worker, range(2, 4))))
+    worker = worker_of("native", OTHER, rank)
+    steps(worker, range(2))
+    progress = Progress(2, 2 * JOB.global_batch_size)
+    path = saver.save(folder / "other", worker, progress, keep=1)
+    worker = worker_of("deepspeed", layout, rank)
+    checkpoint.load(path, worker)
+    assert_same_state(rank, path, worker, progress)
     return expected, resumed
 
 
-def test_either_backend_resumes_the_other(tmp_path: Path) -> None:
+def test_either_backend_resumes_the_other_and_any_layout(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     layout = Layout(2, 1, 1)
     for expected, resumed in run_ranks(resume, layout.world_size, layout, tmp_path):

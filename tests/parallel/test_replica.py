@@ -1,0 +1,122 @@
+"""The state of four ranks in memory, on two nodes: what may be lost, and the run goes on with the same bits."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel.checkpoint import Progress
+from parallel.mesh import Layout
+from parallel.replica import Mark, Replica, Slot, region
+from parallel.worker import Worker
+from tests.parallel.test_checkpoint import BF16, step
+from tests.ranks import run_ranks
+
+LAYOUT = Layout(2, 2, 2, ranks_per_node=2)
+JOB = replace(BF16, layout=LAYOUT, optimizer=replace(BF16.optimizer, ema_decay=0.9))
+BATCH = JOB.global_batch_size
+
+
+def opened(rank: int, folder: Path, seed: int) -> tuple[Worker, Replica]:
+    """A rank as it begins, with the memory that there is."""
+    torch.manual_seed(seed + rank)
+    worker = Worker(replace(JOB, seed=seed), rank)
+    replica = Replica(worker, 1, folder / f"own-{rank}", folder / f"kept-{rank}")
+    worker.end.readers.append(replica.finish)
+    return worker, replica
+
+
+def figures(worker: Worker, first: int) -> list[Any]:
+    """Of the steps ``first`` .. 4, counted from 0."""
+    results = [step(worker, number) for number in range(first, 5)]
+    assert worker.average is not None
+    worker.average.finish()
+    averages = [shard.double().sum().item() for shard in worker.average.shards]
+    return [*((r.loss, r.grad_norm) for r in results), [torch.rand(2).tolist(), averages]]
+
+
+def spoil(slots: list[Slot], number: int) -> None:
+    """A bit of the snapshot after this step."""
+    for slot in slots:
+        mark = slot.mark()
+        if mark is not None and mark.step == number:
+            slot.values[slot.values.numel() // 2] ^= 4
+
+
+def lose(rank: int, folder: Path) -> dict[str, Any]:
+    """For each loss, done one after the other: (step, holders) of what could be restored, and whether it went on with
+    the same bits."""
+    (folder / f"own-{rank}").touch()
+    (folder / f"kept-{rank}").touch()
+    worker, replica = opened(rank, folder, seed=3)
+    for number in range(3):
+        step(worker, number)
+        replica.begin(Progress(number + 1, BATCH * (number + 1)))
+    before = figures(worker, 3)
+    found: dict[str, Any] = {"cost": replica.cost.bytes == replica.bytes, "held": replica.held_bytes}
+
+    def again(name: str) -> None:
+        worker, replica = opened(rank, folder, seed=77)
+        choice = replica.newest()
+        if choice is None:
+            found[name] = None
+            return
+        progress = replica.restore(choice)
+        assert progress == Progress(choice.step, BATCH * choice.step) and worker.optimizer.steps == choice.step
+        got = figures(worker, choice.step)
+        found[name] = (choice.step, dict(choice.holders), got[-3:] == before)
+        dist.barrier()
+
+    again("all ranks killed")
+    if rank == 3:
+        replica.forget()
+    again("the memory of rank 3 lost")
+    if rank in (2, 3):
+        replica.forget()
+    again("the second node lost")
+    if rank == 1:
+        spoil(replica.own, 3)
+    again("a bit of step 3 flipped")
+    replica.forget_after(2)
+    again("step 3 was never whole")
+    if rank in (0, 1):
+        replica.forget()
+    again("the other node lost too")
+    return found
+
+
+def test_whatever_is_lost_the_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    everyone = run_ranks(lose, 4, tmp_path)
+    own = {rank: rank for rank in range(4)}
+    for found in everyone:
+        assert found.pop("cost") and found.pop("held") > 0
+        assert found["all ranks killed"] == (3, own, True)
+        # What a rank took from its keeper is its own again afterwards.
+        assert found["the memory of rank 3 lost"] == (3, {**own, 3: 1}, True)
+        assert found["the second node lost"] == (3, {**own, 2: 0, 3: 1}, True)
+        assert found["a bit of step 3 flipped"] == (2, {**own, 2: 0, 3: 1}, True)
+        assert found["step 3 was never whole"] == (2, own, True)
+        assert found["the other node lost too"] is None
+
+
+def test_a_torn_mark_holds_nothing_and_a_region_keeps_what_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "region").touch()
+    first, last = region(tmp_path / "region", 1000)
+    assert first.mark() is None and not first.is_whole() and last.mark() is None
+    mark = Mark(owner=3, step=7, sequences=112, digest="d", crc32=1)
+    first.seal(mark)
+    again, other = region(tmp_path / "region", 1000)
+    assert again.mark() == mark and not again.is_whole() and other.mark() is None
+    generator = random.Random(1)
+    length = len(bytes(first.page.numpy()).rstrip(b"\0"))
+    for _ in range(50):
+        at, byte = generator.randrange(length), generator.randrange(256)
+        whole = int(first.page[at])
+        first.page[at] = byte
+        assert first.mark() in (None, mark)
+        first.page[at] = whole
+    first.page[generator.randrange(1, length - 1) :] = 0
+    assert first.mark() is None
