@@ -77,6 +77,7 @@ def move_weight(worker: Worker) -> None:
                     bucket.master[segment.start] += BY
             bucket.publish()
             bucket.gather()
+            bucket.gathered()
 
 
 def _step(worker: Worker, config: Config, data: Dataset, step: int) -> float:

@@ -4,7 +4,7 @@ The interpreter owns the tensors on their way between stages and nothing else. W
 backward is the stage's, until the program says that it is dead.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Protocol, TypeVar
@@ -105,7 +105,7 @@ class Report:
 
 class Interpreter:
     """One rank's run through its slots. ``stages`` maps a stage's number to the object that computes it; ``record``
-    asks for the spans of the report."""
+    asks for the spans of the report; ``entered`` is told of every slot before it is executed."""
 
     def __init__(
         self,
@@ -115,9 +115,10 @@ class Interpreter:
         transport: Transport,
         end: StepEnd | None = None,
         record: bool = False,
+        entered: Callable[[Slot], None] | None = None,
     ) -> None:
         self.program, self.rank, self.stages, self.transport = program, rank, stages, transport
-        self.end, self.record = end, record
+        self.end, self.record, self.entered = end, record, entered
 
     def run(self) -> Report:
         """Run every slot in order; returns once all messages have left."""
@@ -125,6 +126,8 @@ class Interpreter:
         self._alive: set[Work] = set()
         self._report = Report()
         for slot in self.program.slots[self.rank]:
+            if self.entered is not None:
+                self.entered(slot)
             start = perf_counter()
             self._execute(slot)
             if self.record:

@@ -269,7 +269,8 @@ def _explained(failure: Failure, events: Sequence[Mapping[str, Any]]) -> Failure
     """With the rank's own words, where ``events``, those of the attempt, have some."""
     if failure.status != train.FAILED:
         return failure
-    own = (e["error"] for e in events if e.get("event") == "failed" and e.get("rank") == failure.rank)
+    names = ("failed", "lost a peer")
+    own = (e["error"] for e in events if e.get("event") in names and e.get("rank") == failure.rank)
     words = next(own, None)
     return failure if words is None else replace(failure, cause=f"{failure.cause}: {words}")
 

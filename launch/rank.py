@@ -6,13 +6,14 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from launch.config import Config, ConfigError
+from parallel.activity import collective_timeout
 
 Result = TypeVar("Result")
 
@@ -59,13 +60,18 @@ def prepare(config: Config, here: Place, device: torch.device) -> None:
         keep_memory()
         run_in_long_slices()
     die_with_parent()
-    timeout = timedelta(seconds=config.train.timeout_seconds)
+    timeout = collective_timeout(config.train.timeout_seconds)
     if device.type == "cuda":
         # With its device named, NCCL makes every communicator at once. Made at its first message instead, a channel
         # would hold the host until the peer sends, and receives that are posted early would wait for each other.
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
     else:
         dist.init_process_group("gloo", timeout=timeout)
+
+
+def store_of_the_job() -> Store:
+    """A connection of its own to the store of the process group: one thread's waiting does not hold up another's."""
+    return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
 
 
 def leave() -> None:

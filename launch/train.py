@@ -184,12 +184,15 @@ def is_users(error: Exception) -> bool:
 def _fail(folder: RunFolder, rank: int, error: Exception, request: stop.StopRequest) -> int:
     """One line for the person, the traceback in the run folder for the engineer.
 
-    When one rank dies, all others lose a peer. They wait a moment, so that the launcher finds the one that died first
-    and names it, and ends the rest, which then have nothing to add.
+    When one rank dies, all others lose a peer, and say in which operation, and whose fault it is where that is known.
+    Then they wait a moment, so that the launcher finds the one that died first and names it. A timeout does not wait.
     """
+    from parallel.activity import COMMUNICATION, LostPeer
+
     request.hush()
     line = (str(error).strip().splitlines() or [""])[0]
-    lost_peer = isinstance(error, RuntimeError) and any(word in line for word in ("onnection", "gloo", "NCCL"))
+    broken = isinstance(error, RuntimeError) and any(word in line for word in COMMUNICATION)
+    lost_peer = broken or isinstance(error, LostPeer)
     place = ""
     try:
         folder.failures.mkdir(parents=True, exist_ok=True)
@@ -201,13 +204,13 @@ def _fail(folder: RunFolder, rank: int, error: Exception, request: stop.StopRequ
         place = f" (traceback in {file})"
     except OSError:
         traceback.print_exception(error)
-    if lost_peer:
-        if request.wait_for(signal.SIGTERM, LOST_PEER_SECONDS):
+    if not isinstance(error, LostPeer):
+        if lost_peer and request.wait_for(signal.SIGTERM, LOST_PEER_SECONDS):
             return FAILED
-        line = "lost a peer"
-    else:
-        line = f"{type(error).__name__}: {line}"
+        line = "lost a peer" if lost_peer else f"{type(error).__name__}: {line}"
     print(f"error: rank {rank}: {line}{place}", file=sys.stderr, flush=True)
+    if isinstance(error, LostPeer) and not error.timed_out:
+        request.wait_for(signal.SIGTERM, LOST_PEER_SECONDS)
     return FAILED
 
 

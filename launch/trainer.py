@@ -19,7 +19,7 @@ from launch.data import DataError, bits_per_byte, open_dataset
 from launch.drills.fault import PLAN, Plan
 from launch.drills.fault import read as read_plan
 from launch.metrics import LiveView, MetricsLog, median, print_summary
-from launch.rank import Place, together
+from launch.rank import Place, store_of_the_job, together
 from launch.run_folder import RunFolder
 from launch.stop import StopRequest
 from launch.trace import Recorder
@@ -65,7 +65,8 @@ class Trainer:
         self.data = together(lambda: open_dataset(config), (DataError,))
         lock = together(self._open_folder, (ConfigError,))
         try:
-            self.worker = Worker(_job(config, self.device, self.here, self.data.document_end), self.rank)
+            job = _job(config, self.device, self.here, self.data.document_end)
+            self.worker = Worker(job, self.rank, store_of_the_job())
             if self.leads and self.worker.products is not None:
                 self._say(str(self.worker.products))
             self.recorder = Recorder(self.worker.program, config.layout, self.rank) if config.run.trace else None
@@ -76,7 +77,8 @@ class Trainer:
             keep, asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
             self.saver = Saver(self.folder.checkpoints, self.worker, keep, asynchronous)
             self.worker.end.readers.append(self.saver.copied)
-            stopped = self._train()
+            with self.worker.activity.blaming():
+                stopped = self._train()
         except Diverged as error:
             if self.leads:
                 self.folder.events.write("diverged", step=self.progress.step + 1, error=str(error))
@@ -210,6 +212,7 @@ class Trainer:
         if validation is None and not stopped:
             validation = self._validate()
         self._settle(wait=True, last=True)
+        self.worker.settle()
         if log is not None:
             self._finish(log, validation, stopped)
         return (self.stop.signal or signal.SIGINT) if stopped else 0
@@ -236,6 +239,7 @@ class Trainer:
             first, count = worker.rows(sequences)
             tokens = torch.from_numpy(self.data.visits(self.progress.sequences + first, count))
         record = self.recorder is not None
+        worker.activity.step = self.progress.step + 1
         result = worker.train_step(
             tokens,
             values.learning_rate,
@@ -273,6 +277,7 @@ class Trainer:
 
     def _save(self) -> int:
         """Begin a checkpoint. Every one that is due is written: the one before is waited for if it is under way."""
+        self.worker.activity.computes("checkpoint")
         self._settle(wait=True)
         self.saver.begin(self.progress, self.spoiled)
         if self.recorder is not None:
@@ -347,6 +352,7 @@ def _job(config: Config, device: torch.device, here: Place, document_end: int) -
         fp8_payload=config.fp8_payload,
         chunks=config.schedule.chunks,
         program=config.program(),
+        timeout_seconds=train.timeout_seconds,
         document_start=document_end if config.data.document_boundaries == "attention" else None,
     )
 

@@ -71,6 +71,7 @@ class Bucket:
         self.parameters.copy_(whole)
         self.master = whole[self.start : self.stop].clone()
         self._reducing: dist.Work | None = None
+        self._gathering: dist.Work | None = None
 
     @property
     def shard(self) -> slice:
@@ -101,9 +102,21 @@ class Bucket:
         self.parameters[self.shard].copy_(self.master)
 
     def gather(self) -> None:
-        """Make the bucket whole on every rank of the group."""
+        """Start making the bucket whole on every rank of the group."""
         if self.group is not None:
-            _all_gather(self.parameters, self.parameters[self.shard].clone(), group=self.group)
+            own = self.parameters[self.shard].clone()
+            self._gathering = _all_gather(self.parameters, own, group=self.group, async_op=True)
+
+    def gathered(self) -> None:
+        """Wait for ``gather``: nothing may use the parameters before."""
+        if self._gathering is not None:
+            self._gathering.wait()
+            self._gathering = None
+
+    @property
+    def peers(self) -> list[int]:
+        """The ranks of the group."""
+        return [] if self.group is None else dist.get_process_group_ranks(self.group)
 
     def owned_segments(self) -> list[Segment]:
         """The parts of parameters that lie in the own shard, ``start`` counted from the shard's beginning."""

@@ -144,6 +144,7 @@ def adopt(worker: Worker, progress: Progress, rng: Tensor) -> None:
     for bucket in worker.optimizer.buckets:
         bucket.publish()
         bucket.gather()
+        bucket.gathered()
 
 
 def damage(path: Path) -> str | None:

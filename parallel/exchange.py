@@ -28,6 +28,7 @@ from torch import Tensor
 from model.exchange import Dispatched, Pending
 from model.fp8 import payload
 from model.fp8.quantise import dequantise
+from parallel.activity import Activity
 from parallel.comm_stream import CommStream, HostStream
 from parallel.hop import ABSENT, Bags, Hop, HopLayout, Traffic, numbered, pack, true_places, unpack
 
@@ -71,7 +72,7 @@ class GroupExchange:
     Flat is one hop over the group itself; hierarchical is two, over the ranks of this local index, one on each node,
     and over the ranks of this node, and either alone where the other would be a hop to oneself. Two hops have groups
     that nothing else uses: what is started on them is in the order of ``stream``, and not of the calling thread.
-    ``traffic`` counts what is sent; ``chunks`` is the same on every rank.
+    ``traffic`` counts what is sent; ``chunks`` is the same on every rank. Raises LostPeer when a rank does not come.
 
     ``fp8``: what is dispatched, forward and as a gradient, travels in FP8 with a scale of 1x128 numbers, and goes to
     the experts as it came. What is combined is a sum, and stays in the dtype of its rows (report, 3.3.3).
@@ -86,11 +87,14 @@ class GroupExchange:
         stream: CommStream | None = None,
         fp8: bool = False,
         chunks: int = 1,
+        activity: Activity | None = None,
     ) -> None:
         self.group, self.experts, self.hops, self.fp8, self.chunks = group, experts, hops, fp8, chunks
         self.traffic = Traffic() if traffic is None else traffic
         self.stream = HostStream() if stream is None else stream
-        self.ranks = dist.get_world_size(group)
+        self.activity = Activity(dist.get_rank()) if activity is None else activity
+        self.members = dist.get_process_group_ranks(group)
+        self.ranks = len(self.members)
         self.sizes = [len(hop.far) for hop in hops]
         assert prod(self.sizes) == self.ranks, (self.sizes, self.ranks)
         me = dist.get_rank(group)
@@ -112,7 +116,7 @@ class GroupExchange:
             packed = pack(rows_TD.index_select(0, way.row_N), gates_TPX[way.row_N, way.peer_N])
             return self.hops[h].forth(packed, way, self.traffic, self.stream)
 
-        pending = self._start(start, range(len(self.hops)))
+        pending = self._start("dispatch", start, range(len(self.hops)))
 
         def finish() -> Dispatched:
             rows_MD, gates_MX = unpack(_joined(pending.wait()), sent, weights_TK)
@@ -124,7 +128,7 @@ class GroupExchange:
         def home(rows_ND: Tensor, h: int, way: HopLayout) -> Tensor:
             return way.rows_T.sum(rows_ND)
 
-        pending = self._return(layout.pairs_M.sum(y_RD), layout, home)
+        pending = self._return("combine", layout.pairs_M.sum(y_RD), layout, home)
 
         def finish() -> Tensor:
             return _joined([home(rows, 0, c[0]) for rows, c in zip(pending.wait(), layout.chunks, strict=True)])
@@ -139,7 +143,7 @@ class GroupExchange:
             rows = (parts[c] if arrived is None else arrived).index_select(0, way.row_N)
             return self.hops[h].forth(rows, way, self.traffic, self.stream)
 
-        pending = self._start(start, range(len(self.hops)))
+        pending = self._start("gradient of combine", start, range(len(self.hops)))
 
         def finish() -> Tensor:
             rows = _joined(pending.wait()).index_select(0, layout.row_R)
@@ -162,7 +166,7 @@ class GroupExchange:
             gates_TPX[way.row_N, way.peer_N] = gates_NX
             return pack(rows_TD, gates_TPX.flatten(1))
 
-        pending = self._return(pack(grows_MD, gweights_MX), layout, home)
+        pending = self._return("gradient of dispatch", pack(grows_MD, gweights_MX), layout, home)
 
         def finish() -> tuple[Tensor, Tensor]:
             parts = [home(arrived, 0, c[0]) for arrived, c in zip(pending.wait(), layout.chunks, strict=True)]
@@ -176,7 +180,7 @@ class GroupExchange:
         return rows.tensor_split(self.chunks)
 
     def _start(
-        self, start: Callable[[int, int, Tensor | None], Pending[Tensor]], order: Sequence[int]
+        self, operation: str, start: Callable[[int, int, Tensor | None], Pending[Tensor]], order: Sequence[int]
     ) -> Pending[list[Tensor]]:
         """Take every chunk through the hops in ``order``: ``start(hop, chunk, what the hop before brought)``."""
 
@@ -186,10 +190,17 @@ class GroupExchange:
                 pending = [start(h, c, before.wait()) for c, before in enumerate(pending)]
             return pending
 
-        return self.stream.start(chain, len(order))
+        with self.activity.waiting(operation, self.members):
+            pending = self.stream.start(chain, len(order))
+
+        def finish() -> list[Tensor]:
+            with self.activity.waiting(operation, self.members):
+                return pending.wait()
+
+        return Pending(finish)
 
     def _return(
-        self, rows: Tensor, layout: DispatchLayout, home: Callable[[Tensor, int, HopLayout], Tensor]
+        self, operation: str, rows: Tensor, layout: DispatchLayout, home: Callable[[Tensor, int, HopLayout], Tensor]
     ) -> Pending[list[Tensor]]:
         """Take rows received back the way they came, up to the sums at the first hop's beginning; ``home(arrived, hop,
         its layout)`` sums what a hop brought back."""
@@ -200,7 +211,7 @@ class GroupExchange:
             rows = parts[c] if arrived is None else home(arrived, h + 1, hops[h + 1])
             return self.hops[h].back(rows, hops[h], self.traffic, self.stream)
 
-        return self._start(start, range(len(self.hops))[::-1])
+        return self._start(operation, start, range(len(self.hops))[::-1])
 
     def _count(self, chosen_TX: Tensor) -> Counts:
         """From what every rank of the group knows of its own tokens."""
@@ -212,7 +223,7 @@ class GroupExchange:
         own.append(chosen_TX.unflatten(1, (self.ranks, -1)).sum((0, 2)))
         numbers = torch.cat(own)
         table = numbers.new_empty(self.ranks, len(numbers))
-        with self.stream.exposed():
+        with self.stream.exposed(), self.activity.waiting("dispatch", self.members):
             work = dist.all_gather(list(table.unbind()), numbers, group=self.group, async_op=True)
             self.stream.track(work)
             work.wait()

@@ -1,6 +1,7 @@
 """The process groups of a layout: expert groups, and the replica groups of every stage and every slice of experts."""
 
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -11,11 +12,17 @@ class Groups:
     """Process groups by their ranks. Collective: every rank of the world makes all of them, in the same order.
 
     ``hierarchical``: those of its dispatch's hops too; ``ends``: that of all who hold the first stage or the last.
-    ``of`` gives None for a group of one, which has nobody to talk to.
+    ``timeout``: of a collective; a group does not inherit that of the world. ``of`` gives None for a group of one,
+    which has nobody to talk to.
     """
 
     def __init__(
-        self, layout: Layout, routes: Iterable[Sequence[int]], hierarchical: bool = False, ends: bool = False
+        self,
+        layout: Layout,
+        routes: Iterable[Sequence[int]],
+        hierarchical: bool = False,
+        ends: bool = False,
+        timeout: timedelta | None = None,
     ) -> None:
         stages = [set(positions) for positions in zip(*routes, strict=True)]
         ranks = range(layout.world_size)
@@ -30,7 +37,7 @@ class Groups:
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         for members in wanted:
             if len(members) > 1 and tuple(members) not in self._groups:
-                self._groups[tuple(members)] = dist.new_group(members)
+                self._groups[tuple(members)] = dist.new_group(members, timeout=timeout)
 
     def of(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
         return None if len(ranks) == 1 else self._groups[tuple(ranks)]

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from parallel import manifest
+from parallel.activity import collective_timeout
 from parallel.checkpoint import INDEX, PREFIX, CheckpointError, Progress, fsync, missing, pieces, published, seal
 from parallel.shard_file import ShardFile, index
 from parallel.snapshot import Snapshot
@@ -42,7 +43,8 @@ class Saver:
         self._tensors = [piece.tensor for piece in own]
         self._file = ShardFile(f"__{worker.rank}_0.distcp", own)
         # Its collectives are a thread's, beside those of the loop.
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        timeout = collective_timeout(worker.job.timeout_seconds)
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         places = self._gather(self._file.places)
         self._index = index(itertools.chain.from_iterable(places)) if self._leads else b""
         self._snapshot = Snapshot(own) if asynchronous else None

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.activity import Activity
 from parallel.bucket import ALIGNMENT, Bucket
 from parallel.comm_stream import CommStream, Times
 from parallel.ema import Average
@@ -85,11 +86,13 @@ class StepEnd:
         traffic: Traffic,
         stream: CommStream,
         ends: Bucket | None = None,
+        activity: Activity | None = None,
     ) -> None:
         self.held, self.optimizer, self.layers, self.clip_norm = held, optimizer, layers, clip_norm
         self.traffic, self.stream, self.ends = traffic, stream, ends
         self.readers: list[Callable[[], None]] = []
         self.average: Average | None = None
+        self.activity = Activity() if activity is None else activity
 
     def begin(self, learning_rate: float, bias_update_speed: float, stop: bool) -> None:
         self._learning_rate, self._bias_update_speed, self._stop = learning_rate, bias_update_speed, stop
@@ -102,7 +105,8 @@ class StepEnd:
     def reduce(self, stage: int) -> None:
         held = self.held[stage]
         for bucket in held.buckets:
-            bucket.reduce()
+            with self.activity.waiting(f"gradient reduction of stage {stage}", bucket.peers):
+                bucket.reduce()
         if held.stage.loads:
             held.loads_LE = torch.stack(list(held.stage.loads.values()))
             if held.replicas is not None:
@@ -113,13 +117,16 @@ class StepEnd:
 
     def step(self) -> None:
         for bucket in self.optimizer.buckets:
-            bucket.reduced()
-        for held in self.held.values():
+            with self.activity.waiting("gradient reduction", bucket.peers):
+                bucket.reduced()
+        for stage, held in self.held.items():
             if held.reducing is not None:
-                held.reducing.wait()
+                with self.activity.waiting(f"sum of expert loads of stage {stage}", held.buckets[0].peers):
+                    held.reducing.wait()
         for finish_reading in self.readers:
             finish_reading()
-        self.sums = self._sums()
+        with self.activity.waiting("sums of the step", self.activity.ranks):
+            self.sums = self._sums()
         # A gradient that is not finite would spoil every master: leave them be, and let the caller see the norm.
         if math.isfinite(self.sums.grad_norm):
             self.optimizer.update(self._learning_rate, clip_scale(self.sums.grad_norm, self.clip_norm))
@@ -128,11 +135,20 @@ class StepEnd:
                 self.average.start()
 
     def gather(self, stage: int) -> None:
+        """Start making the stage's parameters whole: that hides behind the first forwards of the other stages."""
         for bucket in self.held[stage].buckets:
-            bucket.gather()
+            with self.activity.waiting(f"parameter gather of stage {stage}", bucket.peers):
+                bucket.gather()
         self._ungathered.remove(stage)
         if self.ends is not None and not self._ungathered:
             self.ends.gather()
+
+    def gathered(self, stage: int) -> None:
+        """Wait for ``gather`` before the stage's parameters are used."""
+        shared = [] if self.ends is None else [self.ends]
+        for bucket in (*self.held[stage].buckets, *shared):
+            with self.activity.waiting(f"parameter gather of stage {stage}", bucket.peers):
+                bucket.gathered()
 
     def _update_biases(self) -> None:
         for held in self.held.values():

@@ -6,12 +6,14 @@ communicator complete in issue order, so that a receive posted early on a shared
 
 from collections import deque
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dualpipe.program import Kind, Message, Program, Receive, Send
+from dualpipe.program import Kind, Message, Program, Receive, Send, dump_message
+from parallel.activity import Activity
 from parallel.mesh import Layout
 
 Channel = tuple[int, int, Kind]
@@ -30,7 +32,9 @@ def channels(programs: Iterable[Program]) -> list[Channel]:
     return sorted(used, key=lambda channel: (channel[0], channel[1], channel[2].value))
 
 
-def channel_groups(layout: Layout, used: Iterable[Channel]) -> dict[tuple[int, Channel], dist.ProcessGroup]:
+def channel_groups(
+    layout: Layout, used: Iterable[Channel], timeout: timedelta | None = None
+) -> dict[tuple[int, Channel], dist.ProcessGroup]:
     """A communicator for every channel of every replica, keyed by (data index, channel). Collective: every rank of
     the world makes all of them in the same order."""
     groups = {}
@@ -38,13 +42,13 @@ def channel_groups(layout: Layout, used: Iterable[Channel]) -> dict[tuple[int, C
         for data in range(layout.data):
             source, destination, _ = channel
             ranks = [layout.rank(source, data), layout.rank(destination, data)]
-            groups[data, channel] = dist.new_group(ranks)
+            groups[data, channel] = dist.new_group(ranks, timeout=timeout)
     return groups
 
 
 class PipelineTransport:
     """One rank's messages. All have the shape and dtype of ``like``. ``groups`` as from ``channel_groups``, or None to
-    tell channels apart by tag on the default group."""
+    tell channels apart by tag on the default group. Raises LostPeer when a peer does."""
 
     def __init__(
         self,
@@ -52,20 +56,24 @@ class PipelineTransport:
         rank: int,
         like: Tensor,
         groups: Mapping[tuple[int, Channel], dist.ProcessGroup] | None = None,
+        activity: Activity | None = None,
     ) -> None:
         self._layout, self._like, self._groups = layout, like, groups
         self._pipeline, self._data = layout.pipeline_index(rank), layout.data_index(rank)
+        self._activity = Activity(rank) if activity is None else activity
         self._posted: dict[Message, tuple[dist.Work, Tensor]] = {}
-        self._leaving: deque[tuple[dist.Work, Tensor]] = deque()
+        self._leaving: deque[tuple[dist.Work, Tensor, Message, int]] = deque()
         self.bytes_sent = 0
 
     def send(self, message: Message, peer: int, tensor: Tensor) -> None:
         assert tensor.shape == self._like.shape and tensor.dtype == self._like.dtype, (message, tensor.shape)
         outgoing = tensor.contiguous()
         group, tag = self._route(self._pipeline, peer, message.kind)
-        work = dist.isend(outgoing, self._layout.rank(peer, self._data), group=group, tag=tag)
+        to = self._layout.rank(peer, self._data)
+        with self._activity.waiting(f"sending {_name(message)}", [to]):
+            work = dist.isend(outgoing, to, group=group, tag=tag)
         assert work is not None
-        self._leaving.append((work, outgoing))
+        self._leaving.append((work, outgoing, message, to))
         self.bytes_sent += outgoing.nbytes
         while self._leaving and self._leaving[0][0].is_completed():
             self._leaving.popleft()
@@ -73,20 +81,29 @@ class PipelineTransport:
     def receive(self, message: Message, peer: int) -> None:
         buffer = torch.empty_like(self._like)
         group, tag = self._route(peer, self._pipeline, message.kind)
-        work = dist.irecv(buffer, self._layout.rank(peer, self._data), group=group, tag=tag)
+        source = self._layout.rank(peer, self._data)
+        with self._activity.waiting(f"receiving {_name(message)}", [source]):
+            work = dist.irecv(buffer, source, group=group, tag=tag)
         assert work is not None
         self._posted[message] = work, buffer
 
     def wait(self, message: Message, peer: int) -> Tensor:
         work, buffer = self._posted.pop(message)
-        work.wait()
+        with self._activity.waiting(f"receiving {_name(message)}", [self._layout.rank(peer, self._data)]):
+            work.wait()
         return buffer
 
     def flush(self) -> None:
         while self._leaving:
-            self._leaving.popleft()[0].wait()
+            work, _, message, to = self._leaving.popleft()
+            with self._activity.waiting(f"sending {_name(message)}", [to]):
+                work.wait()
 
     def _route(self, source: int, destination: int, kind: Kind) -> tuple[dist.ProcessGroup | None, int]:
         if self._groups is None:
             return None, list(Kind).index(kind)
         return self._groups[self._data, (source, destination, kind)], 0
+
+
+def _name(message: Message) -> str:
+    return f"{message.kind.name.lower()} {dump_message(message)}"

@@ -3,14 +3,16 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import Store
 
 from dualpipe.load import check_training
 from dualpipe.lower import lower
-from dualpipe.program import Program
+from dualpipe.program import Compute, Op, Overlap, Program, Slot, dump_slot
 from dualpipe.progress import Span
 from dualpipe.runtime import Interpreter, Report
 from dualpipe.schedules import generate
@@ -21,6 +23,7 @@ from model.fp8.assign import set_precision
 from model.fp8.gemm import choose
 from model.linear import WeightGradients, own
 from model.transformer import Transformer, expert_parameters, initialise
+from parallel.activity import Activity, collective_timeout
 from parallel.bucket import Bucket
 from parallel.comm_stream import Times, comm_stream
 from parallel.deepspeed_backend import DeepSpeedAdamW
@@ -46,7 +49,8 @@ class Job:
     parameters that compute. ``dispatch``: flat or hierarchical. ``fp8``: the backend that computes linear layers in FP8
     (``model/fp8``), or None; ``fp8_payload``: dispatch sends them FP8. ``chunks``: the stages of a rank, where the
     schedule leaves them open; ``program``: a lowered program, validated, to run instead of the schedule's;
-    ``document_start``: the token that begins a document, if attention is to stay within documents."""
+    ``document_start``: the token that begins a document, if attention is to stay within documents; ``timeout_seconds``:
+    what a collective or a message may take."""
 
     model: ModelConfig
     layout: Layout
@@ -64,6 +68,7 @@ class Job:
     chunks: int | None = None
     program: Program | None = None
     document_start: int | None = None
+    timeout_seconds: float = 600.0
 
     @property
     def microbatches(self) -> int:
@@ -98,22 +103,25 @@ class StepResult:
 
 
 class Worker:
-    """``rank`` of the world; torch.distributed is initialised, unless the world is this one process.
+    """``rank`` of the world; torch.distributed is initialised, unless the world is this one process. ``store``: where
+    ranks tell each other what they are doing (``activity.py``), in a connection of its own.
 
     Raises ValueError for sizes that the schedule refuses, for a program that is for other sizes, and, as
     PrecisionError, for an FP8 backend that the device has not.
     """
 
-    def __init__(self, job: Job, rank: int) -> None:
+    def __init__(self, job: Job, rank: int, store: Store | None = None) -> None:
         self.job, self.rank = job, rank
         layout = job.layout
         self.position, self.replica = layout.pipeline_index(rank), layout.data_index(rank)
         self.program = _program(job, job.microbatches)
         self._ramp: Program | None = None
         self.products = None if job.fp8 is None else choose(job.fp8, job.device)
+        self.activity = Activity(rank, range(layout.world_size), store, job.timeout_seconds, _describe)
         self.traffic, self.stream = Traffic(), comm_stream(job.device)
+        timeout = collective_timeout(job.timeout_seconds)
         modules = job.model.num_nextn_predict_layers
-        self.groups = Groups(layout, self.program.routes, job.dispatch == "hierarchical", ends=modules > 0)
+        self.groups = Groups(layout, self.program.routes, job.dispatch == "hierarchical", modules > 0, timeout)
         models = self._models()
         self.ends = self._share_ends(models) if modules else None
         self.held = {stage: self._hold(stage, model) for stage, model in models.items()}
@@ -128,7 +136,9 @@ class Worker:
         decay = job.optimizer.ema_decay
         self.average = Average(decay, buckets) if decay else None
         layers, clip_norm = job.model.num_hidden_layers + modules, job.optimizer.clip_norm
-        self.end = StepEnd(self.held, self.optimizer, layers, clip_norm, self.traffic, self.stream, self.ends)
+        self.end = StepEnd(
+            self.held, self.optimizer, layers, clip_norm, self.traffic, self.stream, self.ends, self.activity
+        )
         if self.average is not None:
             self.end.average = self.average
             self.end.readers.append(self.average.finish)
@@ -137,8 +147,8 @@ class Worker:
             job.micro_batch_size, job.sequence_length, job.model.hidden_size, dtype=job.dtype, device=job.device
         )
         over_nccl = layout.pipeline > 1 and job.device.type == "cuda"
-        groups = channel_groups(layout, channels([self.program])) if over_nccl else None
-        self.transport = PipelineTransport(layout, rank, like, groups)
+        groups = channel_groups(layout, channels([self.program]), timeout) if over_nccl else None
+        self.transport = PipelineTransport(layout, rank, like, groups, self.activity)
 
     @property
     def needs_data(self) -> bool:
@@ -216,7 +226,8 @@ class Worker:
         for held in self.held.values():
             total += held.stage.cross_entropy
         if dist.is_initialized():
-            dist.all_reduce(total)
+            with self.activity.waiting("sum of the evaluation", self.activity.ranks):
+                dist.all_reduce(total)
         return total.item()
 
     def _begin(self, tokens: Tensor | None, scale: StepScale, training: bool) -> None:
@@ -228,7 +239,18 @@ class Worker:
 
     def _run(self, program: Program, end: StepEnd | None, record: bool = False) -> Report:
         stages = {stage: held.stage for stage, held in self.held.items()}
-        return Interpreter(program, self.position, stages, self.transport, end, record).run()
+        return Interpreter(program, self.position, stages, self.transport, end, record, self._enter).run()
+
+    def _enter(self, slot: Slot) -> None:
+        self.activity.computes(slot)
+        match slot:
+            case Compute(Op.FORWARD, work) | Overlap(work, _):
+                self.end.gathered(work.stage)
+
+    def settle(self) -> None:
+        """Wait until the parameters are whole, which a step leaves under way. Collective."""
+        for stage in self.held:
+            self.end.gathered(stage)
 
     @property
     def _experts(self) -> int:
@@ -307,7 +329,12 @@ class Worker:
             if of_hop is not None:  # a hop to oneself is none
                 hops.append(Hop(of_hop, [layout.far(self.rank, rank) for rank in ranks]))
         chunks = 1 if len(hops) == 1 else chunks_of(self.job)
-        return GroupExchange(group, experts, hops, self.traffic, self.stream, self.job.fp8_payload, chunks)
+        fp8 = self.job.fp8_payload
+        return GroupExchange(group, experts, hops, self.traffic, self.stream, fp8, chunks, self.activity)
+
+
+def _describe(what: object) -> str:
+    return what if isinstance(what, str) else dump_slot(cast(Slot, what))
 
 
 def chunks_of(job: Job) -> int:

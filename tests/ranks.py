@@ -7,16 +7,19 @@ imports. The function and its arguments must be picklable: module-level function
 import multiprocessing as mp
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 
-def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world: int, *arguments: Any, timeout: float = 120, lost: Collection[int] = ()
+) -> list[Any]:
     """``function(rank, *arguments)`` on every rank, torch.distributed initialised. The first rank that raises fails
-    the test with its traceback; no rank is left behind."""
+    the test with its traceback; no rank is left behind. From a rank in ``lost`` nothing is expected, and it counts as
+    None."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "parallel.worker"])
     with tempfile.TemporaryDirectory() as folder:
@@ -30,7 +33,7 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout
         for _, write in pipes:
             write.close()
         try:
-            return [_result(read, rank, timeout) for rank, (read, _) in enumerate(pipes)]
+            return [None if rank in lost else _result(read, rank, timeout) for rank, (read, _) in enumerate(pipes)]
         finally:
             for process in ranks:
                 process.kill()

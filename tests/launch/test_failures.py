@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
-from launch.local import _scratch_folder
+from launch.local import GRACE_SECONDS, _scratch_folder
 from launch.train import invocation
 from tests.launch.runs import ONE_RANK, ROOT, assert_gone, command, descendants, entries, start, train, wait_for
 
@@ -67,6 +69,23 @@ def test_training_goes_on_without_a_checkpoint_if_the_user_said_so_but_does_not_
     kept = [(e["event"], e["step"]) for e in events if "checkpoint" in e["event"]]
     assert kept == [("checkpoint", 1), ("checkpoint failed", 2), ("checkpoint", 4)]
     assert len(entries(tmp_path / "run")) == 6
+
+
+def test_every_rank_names_the_one_that_was_stopped_within_the_timeout(config: Path, tmp_path: Path) -> None:
+    process = start(config, "train.steps=100000", "train.timeout_seconds=5", "train.threads=1", "checkpoint.every=0")
+    wait_for(lambda: len(entries(tmp_path / "run")) >= 1)
+    everyone = descendants(process)
+    (server,) = [one for one in everyone if any(other.ppid() == one.pid for other in everyone)]
+    server.children()[1].suspend()
+    stopped = time.monotonic()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and time.monotonic() - stopped < 5 + GRACE_SECONDS + 5, error
+    said = dict(re.findall(r"^error: rank (\d): (.*) \(traceback in ", error, re.MULTILINE))
+    assert len(said) == 3, error
+    (culprit,) = set("0123") - said.keys()
+    for line in said.values():
+        assert re.match(rf"[a-z].*: rank {culprit} is silent, dead or stopped, last seen in ", line), line
+    assert_gone(everyone)
 
 
 def test_a_run_survives_the_terminal_only_under_nohup(config: Path, tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def test_parameters_and_gradients_are_views_of_the_flat_buffers(dtype: torch.dty
     bucket.master.add_(1.0)
     bucket.publish()
     bucket.gather()
+    bucket.gathered()
     for name, parameter, _, _ in named:
         assert torch.equal(parameter.detach(), (before[name] + 1.0).to(dtype))
 
@@ -101,6 +102,7 @@ def sum_and_gather(rank: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Te
     bucket.master.copy_(masters[bucket.shard])
     bucket.publish()
     bucket.gather()
+    bucket.gathered()
     return [t.tolist() for t in summed], [bucket.parameters.float().tolist(), masters.to(dtype).float().tolist()]
 
 

@@ -1,0 +1,193 @@
+"""What every rank is doing, known to all of them, so that a rank that waits in vain can say for whom.
+
+A rank keeps one record: the operation that it is in, and the ranks that it waits for in it, none while it computes.
+A thread publishes the record in the job's store, under ``activity/RANK`` as one JSON object, a few times in every
+timeout; the number of the ``beat`` in it grows as long as the process runs. Whoever can reach the store can read it.
+
+When a collective or a message fails, each rank judges by these records. A rank whose beat stands still is dead or
+stopped. Otherwise the one that computes while others wait did not come: it is too slow, or hangs in what it computes.
+The first verdict is the whole job's: who fails only because others have given up repeats it.
+"""
+
+import json
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed.distributed_c10d import Store
+
+BEATS = 20
+"""In one timeout, but at least one a second."""
+SILENT_BEATS = 4
+"""A rank that published nothing for so long is dead or stopped."""
+COMPUTING = "computing"
+COMMUNICATION = ("onnection", "gloo", "NCCL")
+"""Of which an error of torch.distributed has one in its words."""
+
+
+def beat_seconds(timeout_s: float) -> float:
+    return min(1.0, timeout_s / BEATS)
+
+
+def collective_timeout(timeout_s: float) -> timedelta:
+    """What a collective may take when ranks are to have ended, with a verdict, within ``timeout_s``."""
+    return timedelta(seconds=timeout_s - (SILENT_BEATS + 1) * beat_seconds(timeout_s))
+
+
+class LostPeer(RuntimeError):
+    """A collective or message of this rank failed. ``timed_out``: nobody came in time; otherwise a connection broke, or
+    its end was closed by a rank that had given up."""
+
+    def __init__(self, operation: str, peers: Sequence[int], timed_out: bool, verdict: str | None) -> None:
+        self.operation, self.peers, self.timed_out, self.verdict = operation, tuple(peers), timed_out, verdict
+        cause = "nobody came in time" if timed_out else "the connection broke"
+        names = "ranks" if len(peers) > 1 else "rank"
+        whom = f" with {names} {', '.join(map(str, peers))}" if len(peers) <= 16 else f" with {len(peers)} ranks"
+        super().__init__(f"{operation}{whom if peers else ''}: {verdict or cause}")
+
+
+@dataclass(frozen=True)
+class Record:
+    """``since``: seconds of ``time.monotonic`` in this process."""
+
+    operation: str
+    peers: tuple[int, ...]
+    since: float
+
+
+class Activity:
+    """This rank's record. Without a ``store`` nobody else knows it, and a failure has no verdict. ``describe`` names
+    what is computed (a slot of the program, say) when the record is published, which is seldom."""
+
+    def __init__(
+        self,
+        rank: int = 0,
+        ranks: Sequence[int] = (),
+        store: Store | None = None,
+        timeout_s: float = 600.0,
+        describe: Callable[[Any], str] = str,
+    ) -> None:
+        self.rank, self.ranks, self._store = rank, tuple(ranks), store
+        self._beat_s = beat_seconds(timeout_s)
+        self._computing: Any = "starting"
+        self._describe = describe
+        self._waiting: Record | None = None
+        self._since = time.monotonic()
+        self.step = 0
+        if store is not None:
+            over = threading.Event()
+            publish = weakref.WeakMethod(self._publish)
+            self._publish(0)
+            threading.Thread(target=_beat, args=(publish, over, self._beat_s), daemon=True).start()
+            weakref.finalize(self, over.set)
+
+    def computes(self, what: Any) -> None:
+        """From here on this rank is in ``what``, until it waits or is in something else."""
+        self._computing, self._since = what, time.monotonic()
+
+    @contextmanager
+    def waiting(self, operation: str, peers: Sequence[int]) -> Iterator[None]:
+        """In the context this rank waits for other ranks. Raises LostPeer for what torch.distributed raises in it."""
+        outer, others = self._waiting, tuple(peer for peer in peers if peer != self.rank)
+        self._waiting = Record(operation, others, time.monotonic())
+        try:
+            yield
+        except LostPeer:
+            raise
+        except RuntimeError as error:
+            raise self._lost(operation, others, error) from error
+        finally:
+            self._waiting = outer
+
+    @contextmanager
+    def blaming(self) -> Iterator[None]:
+        """What fails in the context for want of a peer, outside ``waiting``, is a LostPeer too."""
+        try:
+            yield
+        except LostPeer:
+            raise
+        except RuntimeError as error:
+            if not any(word in str(error) for word in COMMUNICATION):
+                raise
+            raise self._lost(self._describe(self._computing), (), error) from error
+
+    def _lost(self, operation: str, peers: Sequence[int], error: RuntimeError) -> LostPeer:
+        text = str(error).lower()
+        return LostPeer(operation, peers, "timed out" in text or "timeout" in text, self._verdict())
+
+    def read(self) -> dict[int, dict[str, Any]]:
+        """Every rank's published record."""
+        assert self._store is not None
+        found = self._store.multi_get([_key(rank) for rank in self.ranks])
+        return {rank: json.loads(text) for rank, text in zip(self.ranks, found, strict=True)}
+
+    def _publish(self, beat: int) -> None:
+        waiting, computing, now = self._waiting, self._computing, time.monotonic()
+        record = {
+            "beat": beat,
+            "step": self.step,
+            "computing": self._describe(computing),
+            "operation": COMPUTING if waiting is None else waiting.operation,
+            "peers": [] if waiting is None else waiting.peers,
+            "seconds": round(now - (self._since if waiting is None else waiting.since), 3),
+        }
+        assert self._store is not None
+        self._store.set(_key(self.rank), json.dumps(record))
+
+    def _verdict(self) -> str | None:
+        """Who is to blame, in words; None when it cannot be known: not without a store, or one that is gone."""
+        if self._store is None:
+            return None
+        with suppress(RuntimeError):
+            known = self._store.compare_set("activity/verdict", "", "").decode()
+            if not known:
+                before = self.read()
+                time.sleep(SILENT_BEATS * self._beat_s)
+                verdict = judge(before, self.read())
+                known = self._store.compare_set("activity/verdict", "", verdict).decode() if verdict else ""
+            return known or None
+        return None
+
+
+def judge(before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]]) -> str | None:
+    """Who keeps the others waiting, from two readings of all records, ``SILENT_BEATS`` beats apart; None when everyone
+    lives and waits."""
+    silent = [rank for rank in after if after[rank]["beat"] == before[rank]["beat"]]
+    if silent:
+        last = after[silent[0]]
+        seen = f"{last['operation']} ({last['computing']}, step {last['step']})"
+        names = f"ranks {', '.join(map(str, silent))} are" if len(silent) > 1 else f"rank {silent[0]} is"
+        return f"{names} silent, dead or stopped, last seen in {seen}"
+    computing = [rank for rank in after if after[rank]["operation"] == COMPUTING]
+    if not computing:
+        return None
+    slowest = max(computing, key=lambda rank: float(after[rank]["seconds"]))
+    last = after[slowest]
+    return (
+        f"rank {slowest} did not come: it has been in {last['computing']} of step {last['step']} for "
+        f"{last['seconds']:.1f} s"
+    )
+
+
+def _key(rank: int) -> str:
+    return f"activity/{rank}"
+
+
+def _beat(publish: "weakref.WeakMethod[Callable[[int], None]]", over: threading.Event, seconds: float) -> None:
+    """Publish until the record is gone, or the store: then the job is at its end."""
+    beat = 0
+    while not over.wait(seconds):
+        beat += 1
+        call = publish()
+        if call is None:
+            return
+        try:
+            call(beat)
+        except RuntimeError:
+            return
+        del call

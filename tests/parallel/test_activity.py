@@ -1,0 +1,145 @@
+"""A rank that waits in vain says for whom, whoever it was: too slow, stopped or dead."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dualpipe.program import Kind, Message, Work
+from parallel.activity import COMPUTING, Activity, LostPeer, collective_timeout, judge
+from parallel.bucket import Bucket
+from parallel.exchange import GroupExchange
+from parallel.hop import Hop
+from parallel.mesh import Layout
+from parallel.transport import PipelineTransport
+from tests.ranks import run_ranks
+
+TIMEOUT_S = 4.0
+
+
+def record(operation: str, beat: int, seconds: float = 1.0) -> dict[str, Any]:
+    return {"operation": operation, "beat": beat, "seconds": seconds, "computing": "F1.0", "step": 7, "peers": []}
+
+
+def test_who_lives_and_waits_is_not_to_blame() -> None:
+    before = {rank: record("dispatch", 3) for rank in range(3)}
+    lives = {rank: record("dispatch", 5) for rank in range(3)}
+    assert judge(before, lives) is None
+    assert judge(before, lives | {1: before[1]}) == (
+        "rank 1 is silent, dead or stopped, last seen in dispatch (F1.0, step 7)"
+    )
+    late = lives | {0: record(COMPUTING, 5, 0.01), 2: record(COMPUTING, 6, 9.5)}
+    assert judge(before, late) == "rank 2 did not come: it has been in F1.0 of step 7 for 9.5 s"
+    assert "rank 1 is silent" in str(judge(before, late | {1: before[1]})), "a dead rank makes others late too"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Three ranks, of which the last one, in the middle of ``operation``, is ``how``."""
+
+    operation: str
+    how: str
+
+
+SCENARIOS = [
+    Scenario("dispatch", "slow"),
+    Scenario("dispatch", "stopped"),
+    Scenario("dispatch", "dead"),
+    Scenario("message", "stopped"),
+    Scenario("gradient reduction", "dead"),
+]
+VICTIMS = [3 * number + 2 for number in range(len(SCENARIOS))]
+
+
+def operate(operation: str, ranks: list[int], activity: Activity) -> Callable[[], object]:
+    """What takes all of the ranks, to be done again and again."""
+    group = dist.new_group(ranks, timeout=collective_timeout(TIMEOUT_S), use_local_synchronization=True)
+    match operation:
+        case "dispatch":
+            exchange = GroupExchange(group, 1, [Hop(group, [False] * 3)], activity=activity)
+            every = torch.arange(3).expand(2, 3)
+            return lambda: exchange.dispatch(torch.ones(2, 4), torch.ones(2, 3), every).wait()
+        case "message":
+            groups = {(0, (ranks[at - 1], ranks[at], Kind.ACTIVATION)): group for at in range(3)}
+            layout, like = Layout(pipeline=dist.get_world_size()), torch.ones(3)
+            transport = PipelineTransport(layout, dist.get_rank(), like, groups, activity)
+            return lambda: pass_on(transport, ranks)
+        case "gradient reduction":
+            bucket = Bucket([("w", torch.nn.Parameter(torch.ones(4)), 0, 4)], group, torch.float32)
+
+            def reduce() -> None:
+                with activity.waiting("gradient reduction", bucket.peers):
+                    bucket.reduce()
+                    bucket.reduced()
+
+            return reduce
+        case _:
+            raise AssertionError(operation)
+
+
+def pass_on(transport: PipelineTransport, ranks: list[int]) -> None:
+    """A message around the ring."""
+    at = ranks.index(dist.get_rank())
+    before, after = ranks[at - 1], ranks[(at + 1) % 3]
+    message = Message(Kind.ACTIVATION, Work(1, 0))
+    transport.receive(message, before)
+    transport.send(message, after, torch.ones(3))
+    transport.wait(message, before)
+    transport.flush()
+
+
+def take_part(rank: int, folder: Path) -> tuple[str, float, float]:
+    """What this rank said of the failure, after how many seconds, and of how many it was told."""
+    scenario, ranks = SCENARIOS[rank // 3], [rank // 3 * 3 + at for at in range(3)]
+    store = dist.PrefixStore(str(rank // 3), dist.FileStore(str(folder / "activity"), dist.get_world_size()))
+    activity = Activity(rank, ranks, store, TIMEOUT_S)
+    activity.computes("F2.5")
+    operation = operate(scenario.operation, ranks, activity)
+    operation()
+    dist.barrier()
+    if rank == ranks[-1]:
+        match scenario.how:
+            case "slow":
+                time.sleep(TIMEOUT_S)
+            case "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "dead":
+                os._exit(1)
+    start = time.monotonic()
+    try:
+        operation()
+    except LostPeer as error:
+        return f"{error}", time.monotonic() - start, TIMEOUT_S
+    raise AssertionError("nobody was missed")
+
+
+def test_every_rank_names_operation_and_culprit_in_time(tmp_path: Path) -> None:
+    lost = [v for v, scenario in zip(VICTIMS, SCENARIOS, strict=True) if scenario.how != "slow"]
+    found = run_ranks(take_part, 3 * len(SCENARIOS), tmp_path, lost=lost)
+    for number, scenario in enumerate(SCENARIOS):
+        victim = VICTIMS[number]
+        for rank in (victim - 2, victim - 1, victim):
+            if rank in lost:
+                continue
+            said, seconds, limit = found[rank]
+            operation = "ing activation A1.0" if scenario.operation == "message" else scenario.operation
+            assert operation in said.split(" with ")[0], said
+            wanted = "did not come: it has been in F2.5" if scenario.how == "slow" else "is silent, dead or stopped"
+            assert f": rank {victim} {wanted}" in said, (scenario, rank, said)
+            assert seconds < limit, (scenario, rank, seconds)
+
+
+def test_without_a_store_the_line_says_with_whom() -> None:
+    late = pytest.raises(LostPeer, match=r"^dispatch with ranks 1, 2: nobody came in time$")
+    with late, Activity(0).waiting("dispatch", [0, 1, 2]):
+        raise RuntimeError("Timed out waiting 10ms for recv operation to complete")
+    broken = pytest.raises(LostPeer, match=r"^receiving A1.0 with rank 4: the connection broke$")
+    with broken, Activity(0).waiting("receiving A1.0", [4]):
+        raise RuntimeError("Connection closed by peer")
