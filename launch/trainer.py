@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from launch.config import Config, ConfigError
 from launch.data import DataError, bits_per_byte, open_dataset
@@ -35,6 +36,10 @@ from parallel.worker import Job, StepResult, Worker
 
 class Diverged(ArithmeticError):
     """The loss of a step or its gradient is not finite: every rank sees the same, and nobody takes the step."""
+
+
+class UnusableSequence(Exception):
+    """Data that looked well at the start hold something else further on."""
 
 
 class Trainer:
@@ -237,7 +242,7 @@ class Trainer:
         tokens = None
         if worker.needs_data:
             first, count = worker.rows(sequences)
-            tokens = torch.from_numpy(self.data.visits(self.progress.sequences + first, count))
+            tokens = self._read(self.progress.sequences + first, count)
         record = self.recorder is not None
         worker.activity.step = self.progress.step + 1
         result = worker.train_step(
@@ -262,6 +267,14 @@ class Trainer:
         if len(self.data.corpora) > 1:
             entry["source_tokens"] = self.data.source_tokens(self.progress.sequences)
         return entry, result.stop
+
+    def _read(self, first: int, count: int) -> Tensor:
+        """Sequences of the stream. Other ranks read others, and do not know when these are unusable: so this rank fails
+        by itself, which says why, and does not refuse as all do alike."""
+        try:
+            return torch.from_numpy(self.data.visits(first, count))
+        except DataError as error:
+            raise UnusableSequence(str(error)) from None
 
     def _validate(self) -> float | None:
         """Bits per byte over the validation sequences; None when there are none to score."""

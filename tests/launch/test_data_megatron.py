@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from launch.config import Config, from_dict
 from launch.data import DataError, Dataset, open_dataset
 from launch.data_megatron import read_indexed
+from launch.train import is_users
+from launch.trainer import Trainer, UnusableSequence
 
 END = 256
 TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
@@ -167,9 +169,15 @@ def test_a_token_beyond_the_vocabulary_is_found_when_it_is_read(tmp_path: Path) 
     with Path(f"{tmp_path / 'data'}.bin").open("r+b") as file:
         file.seek(2 * 50_000)
         file.write(struct.pack("<H", 4000))
-    (corpus,) = opened(tmp_path / "data").corpora
+    data = opened(tmp_path / "data")
+    (corpus,) = data.corpora
     with pytest.raises(DataError, match=r"has token 4000, and tokens must be from 0 to model\.vocab_size=257 - 1"):
         corpus.read(corpus.train, np.array([3, 50_000 // 8]), 8)
+    trainer = Trainer.__new__(Trainer)
+    trainer.data = replace(data, corpora=(replace(corpus, train=corpus.train[50_000:50_009]),))
+    with pytest.raises(UnusableSequence, match="has token 4000") as failed:
+        trainer._read(0, 1)
+    assert not is_users(failed.value), "one rank knows: it must not leave the words to rank 0"
 
 
 def test_tokens_cannot_be_filled_in(prefix: Path) -> None:

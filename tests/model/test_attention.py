@@ -49,6 +49,21 @@ def test_core_in_bf16_rounds_its_result() -> None:
     torch.testing.assert_close(got.double(), softmax_attention(q, k, v), rtol=2.0**-8, atol=2.0**-8 * v.abs().max())
 
 
+@settings(max_examples=20)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.sampled_from([torch.float32, torch.bfloat16]), seeds)
+def test_core_within_documents_is_each_of_them_alone(lengths: list[int], dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(1, sum(lengths), 2, width).to(dtype) for width in (12, 12, 8))
+    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+    got = attend(q, k, v, positions=Positions(torch.empty(0), documents))
+    parts = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
+    assert got.dtype == dtype
+    tolerance = {torch.float32: FP32, torch.bfloat16: 2.0**-8 * v.abs().max().item()}[dtype]
+    torch.testing.assert_close(
+        got.double(), torch.cat([softmax_attention(*part) for part in parts], dim=1), rtol=tolerance, atol=tolerance
+    )
+
+
 def filled(query_latent: int | None) -> Attention:
     torch.manual_seed(2)
     attention = Attention(tiny(q_lora_rank=query_latent))
