@@ -10,10 +10,12 @@ from pathlib import Path
 from launch.command import Parser, UsageError, reported
 from launch.model_folder import load_model
 from model.generate import generate
+from model.speculative import Counts, generate_speculatively
 
 _EPILOG = """\
 example:
   dualpipe generate runs/tiny-cpu --prompt "def main(" --tokens 100
+  dualpipe generate models/v3 --prompt "Once" --speculative     the same text in fewer steps
 
 The whole model is loaded into this process, on a GPU in BF16 where there is one, else on the CPU in FP32."""
 
@@ -44,6 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ema", action="store_true", help="the moving average of a run's weights (optimizer.ema_decay)"
     )
+    parser.add_argument(
+        "--speculative",
+        action="store_true",
+        help="multi-token prediction drafts, the model verifies: the same greedy text, and how many drafts were right",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -57,18 +64,42 @@ def _generate(arguments: argparse.Namespace) -> None:
         "must be finite, not negative",
     )
     _check(0 <= arguments.seed < 2**63, "--seed", arguments.seed, "must be from 0 to 2**63 - 1")
+    if arguments.speculative:
+        _check(arguments.temperature == 0, "--temperature", arguments.temperature, "must be 0 with --speculative")
     loaded = load_model(arguments.model, arguments.ema)
+    if arguments.speculative and loaded.model.mtp is None:
+        raise UsageError(f"--speculative needs model.num_nextn_predict_layers=1, which {loaded.source} has not")
     tokenizer = loaded.tokenizer
     # Every document follows the end of another one, so a prompt does too.
     prompt = [tokenizer.end, *tokenizer.encode(os.fsencode(arguments.prompt))]
-    tokens = list(
-        generate(loaded.model, prompt, arguments.tokens, arguments.temperature, arguments.seed, tokenizer.end)
-    )
+    counts = Counts()
+    if arguments.speculative:
+        drawn = generate_speculatively(loaded.model, prompt, arguments.tokens, tokenizer.end, counts)
+    else:
+        drawn = generate(loaded.model, prompt, arguments.tokens, arguments.temperature, arguments.seed, tokenizer.end)
+    tokens = list(drawn)
     text = tokenizer.decode([*prompt[1:], *(token for token in tokens if token != tokenizer.end)])
     if arguments.json:
-        print(json.dumps({"source": loaded.source, "text": text, "tokens": tokens}))
-    else:
-        print(text)
+        speculative = {"speculative": _counted(counts)} if arguments.speculative else {}
+        print(json.dumps({"source": loaded.source, "text": text, "tokens": tokens, **speculative}))
+        return
+    print(text)
+    if arguments.speculative:
+        print(
+            f"{counts.tokens} tokens in {counts.passes} steps, {counts.tokens_per_step:.2f} a step; "
+            f"{counts.accepted} of {counts.drafted} drafts accepted ({counts.acceptance_rate:.0%})",
+            file=sys.stderr,
+        )
+
+
+def _counted(counts: Counts) -> dict[str, float]:
+    return {
+        "steps": counts.passes,
+        "tokens_per_step": counts.tokens_per_step,
+        "drafted": counts.drafted,
+        "accepted": counts.accepted,
+        "acceptance_rate": counts.acceptance_rate,
+    }
 
 
 def _check(holds: bool, option: str, value: object, rule: str) -> None:

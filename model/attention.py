@@ -51,6 +51,11 @@ class LatentCache:
         self.length = end
         return self.latents_BML[:, :end]
 
+    def drop(self, tokens: int) -> None:
+        """Forget the last ones."""
+        assert 0 <= tokens <= self.length, (tokens, self.length)
+        self.length -= tokens
+
 
 class Attention(nn.Module):
     """[B, S, D] -> [B, S, D], causal; within documents, where ``positions`` keeps them apart. With a ``cache`` the S

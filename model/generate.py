@@ -19,12 +19,13 @@ from model.transformer import Transformer
 
 
 @contextmanager
-def latent_caches(model: Transformer, batch: int, room: int) -> Iterator[list[LatentCache]]:
-    """Give every layer an empty cache with room for ``room`` tokens; inside, ``features_of`` takes new tokens only."""
+def latent_caches(model: Transformer, batch: int, room: int, mtp: bool = False) -> Iterator[list[LatentCache]]:
+    """Give every layer an empty cache with room for ``room`` tokens; inside, ``features_of`` takes new tokens only.
+    ``mtp``: the multi-token-prediction module's block too, as the last."""
     assert model.head is not None
     c, like = model.config, model.head.weight
     caches = []
-    for _, block in model.blocks():
+    for _, block in model.blocks() if mtp else model.main_blocks():
         latents_BML = like.new_empty(batch, room, c.kv_lora_rank + c.qk_rope_head_dim)
         block.attn.cache = LatentCache(latents_BML)
         caches.append(block.attn.cache)

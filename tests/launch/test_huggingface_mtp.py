@@ -1,6 +1,7 @@
 """The multi-token-prediction module of a Hugging Face folder: its tensors come and go under DeepSeek's names, and it
 computes what transformers' own layer computes."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from launch import export_hf
+from launch import export_hf, generate
 from launch.model_folder import load_model, open_run
 from model.safetensors_folder import SINGLE
 from tests.launch.hugging_face import MODEL, build, edit, import_model, tensors, write
@@ -107,3 +108,24 @@ def test_what_a_folder_or_an_override_leaves_out_is_said(folder: Path, tmp_path:
     save_file(found, changed / SINGLE)
     assert import_model(changed, tmp_path / "torn", text) == 2
     assert f"lacks the tensor {LAYER}.hnorm.weight, of shape [16]" in capsys.readouterr().err
+
+
+def test_speculative_generation_is_greedy_generation_and_says_what_it_saved(
+    folder: Path, theirs: Path, capsys: Any
+) -> None:
+    results = []
+    for options in ([], ["--speculative"]):
+        assert generate.main([str(folder), "--prompt", "pipe", "--tokens", "30", "--json", *options]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    counted = results[1].pop("speculative")
+    assert results[0] == results[1]
+    assert len(results[1]["tokens"]) == counted["steps"] + counted["accepted"]
+    assert counted["tokens_per_step"] == len(results[1]["tokens"]) / counted["steps"]
+    assert counted["acceptance_rate"] == counted["accepted"] / counted["drafted"]
+
+    assert generate.main([str(folder), "--prompt", "pipe", "--tokens", "30", "--speculative"]) == 0
+    assert f"in {counted['steps']} steps, {counted['tokens_per_step']:.2f} a step" in capsys.readouterr().err
+    assert generate.main([str(folder), "--prompt", "pipe", "--speculative", "--temperature", "0.5"]) == 2
+    assert "--temperature=0.5 must be 0 with --speculative" in capsys.readouterr().err
+    assert generate.main([str(theirs), "--prompt", "pipe", "--speculative"]) == 2
+    assert f"--speculative needs model.num_nextn_predict_layers=1, which {theirs} has not" in capsys.readouterr().err
