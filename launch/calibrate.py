@@ -32,7 +32,7 @@ from launch.config import Config
 from launch.whole_file import write_whole
 from parallel.estimate.calibrate import kineto
 from parallel.estimate.calibrate.describe import Description, describe, describe_trace
-from parallel.estimate.calibrate.products import products_of
+from parallel.estimate.calibrate.products import measured_products
 from parallel.estimate.calibrate.ranks import ROUNDS, Measured, measure
 from parallel.estimate.hardware import Cluster
 from parallel.estimate.workload import Workload
@@ -155,7 +155,7 @@ def _local_ranks(config: Config, device: torch.device) -> int:
 
 
 def _check_size(workload: Workload, base: Cluster, device: torch.device) -> None:
-    operations = sum(product.operations for product in products_of(workload, base))
+    operations = sum(product.operations for product in measured_products(workload, base))
     if device.type == "cpu" and operations > CPU_OPERATIONS:
         raise UsageError(
             f"--calibrate measures the products of its configuration, and {operations / 1e12:.3g} TFLOP of them are "

@@ -203,10 +203,10 @@ def read_cluster(name: str, seen: tuple[str, ...] = ()) -> Cluster:
 
 
 def _write(path: str, plan: Plan) -> None:
-    from dualpipe.draw.html import html
+    from launch.plan_page import page
 
     try:
-        Path(path).write_text(html(plan.result), encoding="utf-8")
+        Path(path).write_text(page(plan), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"--html {path} cannot be written: {error.strerror}") from None
 
@@ -234,7 +234,7 @@ def _parser() -> Parser:
         "--trace", metavar="TRACE", help="with --calibrate: take the rates from a torch.profiler trace instead"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--html", metavar="FILE", help="write the timeline and every rank's activations as a page")
+    parser.add_argument("--html", metavar="FILE", help="write timeline, memory and a roofline as a page")
     return parser
 
 

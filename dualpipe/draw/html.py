@@ -11,12 +11,13 @@ from dualpipe.program import dump_message
 from dualpipe.simulate import Simulation
 
 
-def html(result: Simulation) -> str:
-    """The page. Its script reads the object that ``data`` returns."""
+def html(result: Simulation, below: str = "") -> str:
+    """The page. Its script reads the object that ``data`` returns. ``below``: elements that stand below the chart."""
     page = files("dualpipe.draw").joinpath("page.html").read_text(encoding="utf-8")
     # Inside a script element, JSON must not look like an end tag.
     text = json.dumps(data(result), separators=(",", ":")).replace("</", "<\\/")
-    return page.replace("{{title}}", escape(title(result))).replace("{{data}}", text)
+    page = page.replace("{{title}}", escape(title(result))).replace("{{below}}", below)
+    return page.replace("{{data}}", text)
 
 
 def data(result: Simulation) -> dict[str, Any]:

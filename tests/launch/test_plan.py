@@ -1,6 +1,7 @@
 """``dualpipe plan``: what it prints, and what it refuses in one line."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,11 @@ def test_table_and_page(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     lines = answer(capsys, *AS_TRAINED, "--html", str(page)).splitlines()
     assert lines[0].startswith("2048 x h800: dualpipe, pipeline 16 x data 128, expert 64, 120 micro-batches")
     assert len([line for line in lines if line.split()[:1] and line.split()[0].isdigit()]) == 17
-    assert "<script" in page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    assert "<script" in text and text.count('class="memory"') == 16 * 6 and "GPU-hours per trillion" in text
+    points = re.findall(r"<title>(\w+) \[4096, 7168\] x \[7168, 1536\]: ([\d.]+) TFLOPS", text)
+    # q_a: 0.519 of FP8's peak on 112 of 132 multiprocessors, as the trace has it.
+    assert points == [("fp8", f"{0.519 * 1978.9 * 112 / 132:.4g}")]
 
 
 def test_what_if_and_overrides_change_the_answer(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,6 @@ B batch, S sequence, H heads, E experts, R rows sorted by expert.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from model.linear import GroupedLinear, Linear, WeightGradients
 from parallel.bucket import Bucket
 from parallel.estimate.calibrate.clock import Clock
 from parallel.estimate.hardware import KINDS, Cluster, Gemm
-from parallel.estimate.operations import Matrix, Operations
+from parallel.estimate.products import Product, products_of
 from parallel.estimate.workload import Workload
 from parallel.optimizer import AdamW
 from parallel.optimizer_config import OptimizerConfig
@@ -26,27 +25,11 @@ LARGE = 1024
 OPTIMIZER_ELEMENTS = 1 << 21
 
 
-class Product(NamedTuple):
-    """[m, k] x [k, n]. With ``experts``, m (of a weight gradient: experts times k) rows are sorted by expert."""
-
-    kind: str
-    m: int
-    n: int
-    k: int
-    experts: int = 0
-
-    @property
-    def operations(self) -> float:
-        """Of one product; of grouped weight gradients, of one expert's."""
-        return 2.0 * self.m * self.n * self.k
-
-
-def products_of(workload: Workload, base: Cluster) -> list[Product]:
-    """Every product of the workload's layers and head, and a large one of each format for its peak."""
-    recorder = _Recorder(workload, replace(base, gemm=tuple(Gemm(kind, 1, 1, 1, 1.0) for kind in KINDS)))
-    recorder.layer(False), recorder.layer(True), recorder.head()
+def measured_products(workload: Workload, base: Cluster) -> list[Product]:
+    """Those of the workload, grouped ones apart from others, and a large one of each format for its peak."""
+    every_kind = replace(base, gemm=tuple(Gemm(kind, 1, 1, 1, 1.0) for kind in KINDS))
     large = (Product(kind, LARGE, LARGE, LARGE) for kind in DTYPES)
-    return sorted({*recorder.seen, *large})
+    return sorted({*products_of(workload, every_kind), *large})
 
 
 def product_seconds(product: Product, device: torch.device, clock: Clock) -> float:
@@ -79,34 +62,6 @@ def optimizer_rate(workload: Workload, device: torch.device, clock: Clock) -> fl
     optimizer = AdamW(config, [bucket])
     width = 4 * 4 + 2 * 4 + 4 * workload.moment_bytes + workload.activation_width
     return OPTIMIZER_ELEMENTS * width / clock.seconds(lambda: optimizer.update(1e-4, 1.0))
-
-
-class _Recorder(Operations):
-    """Writes down every product that it is asked for."""
-
-    def __init__(self, workload: Workload, cluster: Cluster) -> None:
-        super().__init__(workload, cluster)
-        self.seen: set[Product] = set()
-        self._experts = 0
-
-    def forward(self, matrix: Matrix, rows: float) -> float:
-        return self._of(matrix, super().forward, rows)
-
-    def backward_input(self, matrix: Matrix, rows: float) -> float:
-        return self._of(matrix, super().backward_input, rows)
-
-    def backward_weight(self, matrix: Matrix, rows: float) -> float:
-        return self._of(matrix, super().backward_weight, rows)
-
-    def _of(self, matrix: Matrix, way: Callable[[Matrix, float], float], rows: float) -> float:
-        self._experts = matrix.experts
-        seconds = way(matrix, rows)
-        self._experts = 0
-        return seconds
-
-    def _product(self, kind: str, m: float, n: float, k: float) -> float:
-        self.seen.add(Product(kind, max(round(m), 1), max(round(n), 1), max(round(k), 1), self._experts))
-        return 0.0
 
 
 def _run(product: Product, device: torch.device) -> Callable[[], object]:

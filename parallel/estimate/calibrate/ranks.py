@@ -14,13 +14,13 @@ from parallel.estimate.calibrate import links
 from parallel.estimate.calibrate.clock import Clock
 from parallel.estimate.calibrate.layers import LayerProbe, head_seconds
 from parallel.estimate.calibrate.products import (
-    Product,
     core_seconds,
+    measured_products,
     optimizer_rate,
     product_seconds,
-    products_of,
 )
 from parallel.estimate.hardware import Cluster
+from parallel.estimate.products import Product
 from parallel.estimate.workload import Workload
 from parallel.exchange import GroupExchange
 from parallel.groups import Groups
@@ -62,7 +62,7 @@ def measure(
     turns: dict[str, list[Any]] = defaultdict(list)
     for turn in range(rounds + 1):
         found: dict[str, Any] = {
-            "products": {p: product_seconds(p, device, clock) for p in products_of(workload, base)},
+            "products": {p: product_seconds(p, device, clock) for p in measured_products(workload, base)},
             "core": core_seconds(workload, device, clock),
             "phases": {tokens: _several(probe, clock) for tokens, probe in probes.items()},
             "head": head_seconds(workload, device, clock),

@@ -12,11 +12,12 @@ from dualpipe.program import Op
 from model.config import ModelConfig
 from parallel.estimate.calibrate.clock import Clock
 from parallel.estimate.calibrate.describe import describe
-from parallel.estimate.calibrate.products import Product, products_of
+from parallel.estimate.calibrate.products import measured_products
 from parallel.estimate.calibrate.ranks import Measured, measure
 from parallel.estimate.hardware import Cluster, ClusterError, Gemm, from_mapping
 from parallel.estimate.operations import PHASES, Operations
 from parallel.estimate.plan import Run, make_plan
+from parallel.estimate.products import Product
 from parallel.estimate.workload import Workload
 from parallel.mesh import Layout
 from tests.parallel.estimate.published import H800
@@ -34,7 +35,7 @@ READ = {
 
 def machine() -> Cluster:
     """A machine whose every product has a rate of its own; nothing is at a peak but the large products."""
-    products = products_of(WORKLOAD, H800)
+    products = measured_products(WORKLOAD, H800)
     points = [
         Gemm(p.kind, p.m, p.n, p.k, 1.0 if p.m == p.n == p.k == 1024 else 0.2 + 0.7 * i / len(products))
         for i, p in enumerate(products)
@@ -51,7 +52,7 @@ def measured_on(cluster: Cluster) -> Measured:
     """What ranks of that machine would measure."""
     alone = replace(WORKLOAD, layout=replace(WORKLOAD.layout, expert=1))
     operations = {each.tokens: Operations(each, cluster) for each in (alone, replace(alone, sequence_length=32))}
-    seconds = {p: p.operations / _rate(cluster, p) for p in products_of(WORKLOAD, H800)}
+    seconds = {p: p.operations / _rate(cluster, p) for p in measured_products(WORKLOAD, H800)}
     head = operations[128].head()
     apart = replace(cluster, cores_per_node=0.0)
     waits = [
@@ -117,7 +118,7 @@ def test_this_machine_in_one_process() -> None:
     model = ModelConfig(**{**SMALL.__dict__, "hidden_size": 64, "n_routed_experts": 8, "moe_intermediate_size": 64})
     workload = replace(WORKLOAD, model=model, layout=Layout(), schedule="1f1b")
     measured = measure(workload, H800, torch.device("cpu"), 1, rounds=1)
-    assert set(measured.products) == set(products_of(workload, H800))
+    assert set(measured.products) == set(measured_products(workload, H800))
     assert min(measured.products.values()) > 0 and min(measured.core) > 0
     description = describe(measured, workload, H800, "here", READ, own_peaks=True)
     description.pop("like")
