@@ -340,7 +340,7 @@ def test_a_checkpoint_known_to_be_spoiled_does_not_push_out_a_whole_one(tmp_path
     "changes,tensor",
     [
         ({"vocab_size": 48}, r"(embed|head)\.weight"),
-        ({"n_routed_experts": 16}, r"layers\.1\.(experts|router)\."),
+        ({"n_routed_experts": 16}, r"(layers\.1|mtp\.block)\.(experts|router)\."),
         ({"num_hidden_layers": 5}, r"layers\.4\."),
         ({"num_hidden_layers": 3}, r"layers\.3\."),
         ({"q_lora_rank": None}, r"attn\.q"),
