@@ -25,7 +25,9 @@ from model.fp8.quantise import SIZE, Quantised, Scale, Tile
 LARGEST = tl.constexpr(E4M3.largest)
 SMALLEST_SCALE = tl.constexpr(2.0**-126)
 LARGEST_FP32 = tl.constexpr(3.4028234663852886e38)
-EDGE: tl.constexpr = tl.constexpr(SIZE)
+EDGE = tl.constexpr(SIZE)
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+"""Of a launch: a product that is fused with a sum would be rounded once instead of twice."""
 
 
 @triton.jit
@@ -81,26 +83,31 @@ def _quantise(
     tile, across = tl.program_id(0), tl.program_id(1)
     start, stop = tl.load(bounds + tile), tl.load(bounds + tile + 1)
     t, d = start + tl.arange(0, EDGE), across * EDGE + tl.arange(0, EDGE)
-    token, channel = t[:, None].to(tl.int64), d[None, :].to(tl.int64)
-    inside = (token < stop) & (channel < width)
+    # Places are counted from the tile's corner: 32 bits hold them there.
+    token, channel = tl.arange(0, EDGE)[:, None], tl.arange(0, EDGE)[None, :]
+    inside = (t[:, None] < stop) & (d[None, :] < width)
+    first_t, first_d = start.to(tl.int64), (across * EDGE).to(tl.int64)
     if SWIGLU:
-        at = token * (2 * width) + channel
-        gate = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(x + at + width, mask=inside, other=0.0).to(tl.float32)
+        gates, at = x + first_t * (2 * width) + first_d, token * (2 * width) + channel
+        gate = tl.load(gates + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(gates + width + at, mask=inside, other=0.0).to(tl.float32)
         y = tl.math.div_rn(gate, 1.0 + tl.exp(-gate)) * up
         if WEIGHTED:
             y = y * tl.load(weights_T + t, mask=t < stop, other=0.0)[:, None]
         if x.dtype.element_ty == tl.bfloat16:
             y = _bf16(y)
     else:
-        y = tl.load(x + token * width + channel, mask=inside, other=0.0).to(tl.float32)
+        corner = x + first_t * width + first_d
+        y = tl.load(corner + token * width + channel, mask=inside, other=0.0).to(tl.float32)
     if ROWS:
         s = _scales(y, 1, POWER_OF_TWO)
-        tl.store(rows_TD + token * width + channel, _e4m3(y * tl.math.div_rn(1.0, s)[:, None]), mask=inside)
+        corner = rows_TD + first_t * width + first_d
+        tl.store(corner + token * width + channel, _e4m3(y * tl.math.div_rn(1.0, s)[:, None]), mask=inside)
         tl.store(row_scales + t * tl.num_programs(1) + across, s, mask=t < stop)
     if COLUMNS:
         s = _scales(y, 0, POWER_OF_TWO)
-        tl.store(columns_DT + channel * tokens + token, _e4m3(y * tl.math.div_rn(1.0, s)[None, :]), mask=inside)
+        corner = columns_DT + first_d * tokens + first_t
+        tl.store(corner + channel * tokens + token, _e4m3(y * tl.math.div_rn(1.0, s)[None, :]), mask=inside)
         tl.store(column_scales + tile * width + d, s, mask=d < width)
 
 
@@ -132,22 +139,31 @@ def _product(
     task = tasks + tl.program_id(0) * 6
     m_start, m_stop, expert = tl.load(task), tl.load(task + 1), tl.load(task + 2).to(tl.int64)
     k_start, k_stop, k_tile = tl.load(task + 3), tl.load(task + 4), tl.load(task + 5)
-    m = (m_start + tl.arange(0, EDGE)).to(tl.int64)
-    n = (tl.program_id(1) * EDGE + tl.arange(0, EDGE)).to(tl.int64)
+    n_start = tl.program_id(1) * EDGE
+    i, j, k = tl.arange(0, EDGE)[:, None], tl.arange(0, EDGE)[None, :], tl.arange(0, EDGE)
+    m, n = m_start + tl.arange(0, EDGE), n_start + tl.arange(0, EDGE)
+    # Places are counted from the tile's corner: 32 bits hold them there.
+    a += m_start.to(tl.int64) * a_m + k_start.to(tl.int64) * a_k
+    b += expert * b_e + n_start.to(tl.int64) * b_n + k_start.to(tl.int64) * b_k
+    sa += k_tile * sa_k
+    sb += expert * sb_e + k_tile * sb_k
+    of_n = n if B_ROWS else n // EDGE
     total = tl.zeros((EDGE, EDGE), tl.float32)
-    for i in range(tl.cdiv(k_stop - k_start, EDGE)):
-        k = (k_start + i * EDGE + tl.arange(0, EDGE)).to(tl.int64)
-        qa_mask = (m[:, None] < m_stop) & (k[None, :] < k_stop)
-        qa = tl.load(a + m[:, None] * a_m + k[None, :] * a_k, mask=qa_mask, other=0.0)
-        qb_mask = (n[:, None] < n_stop) & (k[None, :] < k_stop)
-        qb = tl.load(b + expert * b_e + n[:, None] * b_n + k[None, :] * b_k, mask=qb_mask, other=0.0)
-        scale_m = tl.load(sa + m * sa_m + (k_tile + i) * sa_k, mask=m < m_stop, other=0.0)
-        of_n = n if B_ROWS else n // EDGE
-        scale_n = tl.load(sb + expert * sb_e + of_n * sb_n + (k_tile + i) * sb_k, mask=n < n_stop, other=0.0)
+    for _ in range(tl.cdiv(k_stop - k_start, EDGE)):
+        left = k_stop - k_start
+        qa = tl.load(a + i * a_m + j * a_k, mask=(m[:, None] < m_stop) & (k[None, :] < left), other=0.0)
+        qb = tl.load(b + i * b_n + j * b_k, mask=(n[:, None] < n_stop) & (k[None, :] < left), other=0.0)
+        scale_m = tl.load(sa + m * sa_m, mask=m < m_stop, other=0.0)
+        scale_n = tl.load(sb + of_n * sb_n, mask=n < n_stop, other=0.0)
         total += tl.dot(qa, tl.trans(qb)) * scale_m[:, None] * scale_n[None, :]
-    at = out + expert * out_e + m[:, None] * out_m + n[None, :]
+        k_start += EDGE
+        a += a_k * EDGE
+        b += b_k * EDGE
+        sa += sa_k
+        sb += sb_k
+    corner = out + expert * out_e + m_start.to(tl.int64) * out_m + n_start
     result = _bf16(total).to(tl.bfloat16) if BF16 else total
-    tl.store(at, result, mask=(m[:, None] < m_stop) & (n[None, :] < n_stop))
+    tl.store(corner + i * out_m + j, result, mask=(m[:, None] < m_stop) & (n[None, :] < n_stop))
 
 
 def rows_and_columns(x_TD: Tensor, scale: Scale, ends_E: Tensor | None) -> tuple[Quantised, Quantised]:
@@ -197,7 +213,7 @@ class _Output:
         )
         flags = (swiglu, weights_T is not None, *self._asked, scale is Scale.POWER_OF_TWO)
         x, grid = x.contiguous(), (len(self._bounds) - 1, -(-width // SIZE))
-        _quantise[grid](x, x if weights_T is None else weights_T, *outputs, bounds, tokens, width, *flags)
+        _quantise[grid](x, x if weights_T is None else weights_T, *outputs, bounds, tokens, width, *flags, **OPTIONS)
 
 
 def product(a: Quantised, b: Quantised, ends_E: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -212,7 +228,8 @@ def product(a: Quantised, b: Quantised, ends_E: Tensor | None, dtype: torch.dtyp
     strides = (*a.stored.stride(), *a.scales.stride(), *_by_expert(b.stored), *_by_expert(b.scales))
     flags = (b.tile is Tile.ROW, dtype == torch.bfloat16)
     grid = (len(tasks), -(-n // SIZE))
-    _product[grid](a.stored, a.scales, b.stored, b.scales, out, tasks, n, *strides, *_by_expert(out)[:2], *flags)
+    strides += _by_expert(out)[:2]
+    _product[grid](a.stored, a.scales, b.stored, b.scales, out, tasks, n, *strides, *flags, **OPTIONS)
     return out
 
 

@@ -6,6 +6,7 @@ from benchmarks.fp8_storage import CONFIG, held_bytes, kept_bytes
 from launch.config import load
 
 WIDTHS = "hidden_size=200 v_head_dim=50 intermediate_size=136 moe_intermediate_size=72 num_hidden_layers=4".split()
+WIDTHS += "n_routed_experts=4 n_group=2 topk_group=1 num_experts_per_tok=2".split()
 
 
 def test_what_is_held_is_what_is_predicted() -> None:

@@ -1,5 +1,12 @@
 """The Triton kernels give what the definitions give: in the interpreter on a CPU, or on a GPU that has them."""
 
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +19,7 @@ from tests.model.test_fp8_gemm import operands
 from tests.model.test_fp8_linear import gated
 
 kernels = pytest.importorskip("model.fp8.triton_kernels", exc_type=ImportError)
+ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
     pytest.skip("the GPU has no FP8", allow_module_level=True)
@@ -110,3 +118,16 @@ def test_experts_through_the_kernels_follow_the_definition() -> None:
     # The last bit of a sum or an exponential moves few numbers across a boundary of E4M3.
     for want, got in zip(*found, strict=True):
         assert ((got - want).norm() / want.norm()).item() < 2e-3
+
+
+def test_hopper_gets_its_tensor_cores_and_the_rounding_that_was_tested(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.model.triton_for_hopper"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    ptx = json.loads(result.stdout)
+    assert re.search(r"wgmma\.mma_async\S*\.f32\.e4m3\.e4m3", ptx["product"])
+    # Neither flushed to zero nor fused; divisions are to nearest.
+    assert "div.rn.f32" in ptx["quantise"]
+    for text in ptx.values():
+        assert not re.search(r"\.ftz|\bfma\.", text)
