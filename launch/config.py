@@ -238,6 +238,7 @@ class Config:
             self.train.global_batch_size,
             self.optimizer,
             self.model.bias_update_speed,
+            self.model.mtp_loss_weight,
         )
 
     @property

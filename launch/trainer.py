@@ -252,6 +252,7 @@ class Trainer:
             record,
             sequences=sequences,
             bias_update_speed=values.bias_update_speed,
+            mtp_loss_weight=values.mtp_loss_weight,
         )
         seconds = time.perf_counter() - began
         if not result.finite:
@@ -386,7 +387,7 @@ def _entry(
         "loss": result.loss,
         "cross_entropy": result.cross_entropy,
         "balance_loss": result.balance_loss,
-        **({} if result.mtp_loss is None else {"mtp_loss": result.mtp_loss}),
+        **({} if result.mtp_loss is None else {"mtp_loss": result.mtp_loss, "mtp_loss_weight": values.mtp_loss_weight}),
         "grad_norm": result.grad_norm,
         "lr": values.learning_rate,
         "bias_update_speed": values.bias_update_speed,

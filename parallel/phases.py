@@ -67,6 +67,8 @@ class PhasesConfig:
     """Sequences of which every batch is a multiple while global_batch_size moves."""
     bias_update_speed: tuple[Phase, ...] = ()
     """Of model.bias_update_speed."""
+    mtp_loss_weight: tuple[Phase, ...] = ()
+    """Of model.mtp_loss_weight."""
 
     def __post_init__(self) -> None:
         if self.batch_multiple < 1:
@@ -86,6 +88,7 @@ class StepValues:
     first_sequence: int
     learning_rate: float
     bias_update_speed: float
+    mtp_loss_weight: float
 
 
 class RunValues:
@@ -102,10 +105,12 @@ class RunValues:
         global_batch_size: int,
         optimizer: OptimizerConfig,
         bias_update_speed: float,
+        mtp_loss_weight: float,
     ) -> None:
         self.batches = Batches(phases, sequence_length, global_batch_size)
         _check_peak("learning_rate", phases.learning_rate, "optimizer.learning_rate", optimizer.learning_rate)
         _check_peak("bias_update_speed", phases.bias_update_speed, "model.bias_update_speed", bias_update_speed)
+        _check_peak("mtp_loss_weight", phases.mtp_loss_weight, "model.mtp_loss_weight", mtp_loss_weight)
         if phases.learning_rate:
             for key in ("warmup_steps", "decay_steps"):
                 if getattr(optimizer, key):
@@ -116,6 +121,8 @@ class RunValues:
         self._learning_rate = Course("learning_rate", rates, self.batches)
         speeds = phases.bias_update_speed or (Phase(bias_update_speed),)
         self._bias_update_speed = Course("bias_update_speed", speeds, self.batches)
+        weights = phases.mtp_loss_weight or (Phase(mtp_loss_weight),)
+        self._mtp_loss_weight = Course("mtp_loss_weight", weights, self.batches)
 
     def at(self, step: int) -> StepValues:
         """``step`` counts from 0."""
@@ -124,6 +131,7 @@ class RunValues:
             self.batches.sequences_before(step),
             self._learning_rate.at(step),
             self._bias_update_speed.at(step),
+            self._mtp_loss_weight.at(step),
         )
 
 

@@ -44,10 +44,11 @@ class MicroBatch:
 @dataclass(frozen=True)
 class StepScale:
     """What the sums of the loss are divided by, known before the first backward: the target tokens and the sequences
-    of the whole step, over all replicas."""
+    of the whole step, over all replicas. ``mtp_loss_weight``: of this step; None: the model's."""
 
     tokens: int
     sequences: int
+    mtp_loss_weight: float | None = None
 
 
 class ModelStage:
@@ -89,7 +90,8 @@ class ModelStage:
         self.layers = len(list(self.blocks()))
         config = self.model.config
         self._head_gradient = torch.full((), 1 / scale.tokens, device=self.device)
-        self._mtp_gradient = config.mtp_loss_weight * self._head_gradient
+        weight = config.mtp_loss_weight if scale.mtp_loss_weight is None else scale.mtp_loss_weight
+        self._mtp_gradient = weight * self._head_gradient
         self._balance_gradient = torch.full((), config.balance_loss_alpha / scale.sequences, device=self.device)
         self.cross_entropy = torch.zeros((), dtype=torch.float64, device=self.device)
         self.balance = torch.zeros_like(self.cross_entropy)

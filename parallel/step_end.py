@@ -113,7 +113,8 @@ class StepEnd:
                 held.reducing = dist.all_reduce(held.loads_LE, group=held.replicas, async_op=True)
         self._unreduced.remove(stage)
         if self.ends is not None and not self._unreduced:
-            self.ends.reduce()
+            with self.activity.waiting("gradient reduction of the embedding", self.ends.peers):
+                self.ends.reduce()
 
     def step(self) -> None:
         for bucket in self.optimizer.buckets:
@@ -141,7 +142,8 @@ class StepEnd:
                 bucket.gather()
         self._ungathered.remove(stage)
         if self.ends is not None and not self._ungathered:
-            self.ends.gather()
+            with self.activity.waiting("parameter gather of the embedding", self.ends.peers):
+                self.ends.gather()
 
     def gathered(self, stage: int) -> None:
         """Wait for ``gather`` before the stage's parameters are used."""

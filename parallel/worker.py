@@ -170,14 +170,16 @@ class Worker:
         *,
         sequences: int | None = None,
         bias_update_speed: float | None = None,
+        mtp_loss_weight: float | None = None,
     ) -> StepResult:
         """``tokens``: this replica's rows of the global batch, [rows, S+1] int64, or None where ``needs_data`` is
         false. ``stop``: ask all ranks to stop after this step. ``record``: keep what this rank executes, and when.
-        ``sequences`` of the global batch and ``bias_update_speed``: the job's and the model's, unless given."""
+        ``sequences`` of the global batch: the job's, unless given; ``bias_update_speed`` and ``mtp_loss_weight``: the
+        model's."""
         job = self.job
         sequences = job.global_batch_size if sequences is None else sequences
         speed = job.model.bias_update_speed if bias_update_speed is None else bias_update_speed
-        scale = StepScale(sequences * job.sequence_length, sequences)
+        scale = StepScale(sequences * job.sequence_length, sequences, mtp_loss_weight)
         self._begin(tokens, scale, training=True)
         self.end.begin(learning_rate, speed, stop)
         report = self._run(self.program_of(sequences), self.end, record)

@@ -85,9 +85,10 @@ def test_the_published_courses() -> None:
         global_batch_size=(Phase(15360, "469B tokens", "linear", 3072),),
         batch_multiple=256,
         bias_update_speed=(Phase(0.001, "14.3T tokens"), Phase(0.0)),
+        mtp_loss_weight=(Phase(0.3, "10T tokens"), Phase(0.1)),
     )
     optimizer = OptimizerConfig(learning_rate=2.2e-4, warmup_steps=0)
-    values = RunValues(phases, 243_000, 4096, 15360, optimizer, 0.001)
+    values = RunValues(phases, 243_000, 4096, 15360, optimizer, 0.001, 0.3)
     at = values.at
     assert (at(0).global_batch_size, at(0).learning_rate) == (3072, pytest.approx(2.2e-4 / 2000))
     assert at(1999).learning_rate == 2.2e-4 and at(1998).learning_rate < 2.2e-4
@@ -95,6 +96,7 @@ def test_the_published_courses() -> None:
     assert at(full).global_batch_size == 15360 and at(full - 1).global_batch_size == 15360 - 256
     ten, half = values.batches.steps_until(10 * 10**12), values.batches.steps_until(12_150 * 10**9)
     assert at(ten - 2).learning_rate == 2.2e-4 > at(ten).learning_rate
+    assert (at(ten - 2).mtp_loss_weight, at(ten).mtp_loss_weight) == (0.3, 0.1)
     assert at(half).learning_rate == pytest.approx((2.2e-4 + 2.2e-5) / 2, rel=1e-4)
     last, tail = values.batches.steps_until(14_300 * 10**9), values.batches.steps_until(14_633 * 10**9)
     assert at(last).learning_rate == 2.2e-5 == at(tail - 2).learning_rate and at(tail).learning_rate == 7.3e-6
@@ -117,7 +119,7 @@ def test_positions_are_exact(text: str, amount: int) -> None:
 
 def run_values(**phases: Any) -> RunValues:
     optimizer = OptimizerConfig(learning_rate=1.0, warmup_steps=0)
-    return RunValues(PhasesConfig(**phases), 100, LENGTH, 10, optimizer, 0.5)
+    return RunValues(PhasesConfig(**phases), 100, LENGTH, 10, optimizer, 0.5, 0.3)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +127,7 @@ def run_values(**phases: Any) -> RunValues:
     [
         (lambda: {"learning_rate": (Phase(0.5),)}, "optimizer.learning_rate=1.0 must be the largest value of"),
         (lambda: {"bias_update_speed": (Phase(1.0),)}, "model.bias_update_speed=0.5 must be the largest value of"),
+        (lambda: {"mtp_loss_weight": (Phase(0.1),)}, "model.mtp_loss_weight=0.3 must be the largest value of"),
         (lambda: {"global_batch_size": (Phase(12),)}, "train.global_batch_size=10 must be the largest value of"),
         (lambda: {"learning_rate": (Phase(1.0), Phase(0.5))}, r"learning_rate\[0\].until=null must be given"),
         (

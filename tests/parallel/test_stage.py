@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -132,6 +133,17 @@ def test_stages_are_the_plain_model(variant: str, deferred: bool, cuts: tuple[in
         assert buffers[name].grad_fn is None
     for stage in stages:
         assert all(p.grad is None for p in stage.model.parameters())
+
+
+def test_a_step_may_have_a_weight_of_its_own_for_the_loss_of_multi_token_prediction() -> None:
+    tokens, found = batch(tiny()), []
+    for weight, scale in ((0.7, SCALE), (0.3, replace(SCALE, mtp_loss_weight=0.7)), (0.3, SCALE)):
+        (stage,), buffers = staged(tiny(num_nextn_predict_layers=1, mtp_loss_weight=weight))
+        stage.begin(tokens, scale, training=True)
+        forward([stage], 0)
+        stage.backward(Work(0, 0), None)
+        found.append(buffers["mtp.eh_proj.weight"])
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
 
 
 def test_no_weight_gradient_of_a_linear_layer_before_w() -> None:
