@@ -117,8 +117,9 @@ class Dataset:
             epoch = corpus.windows(self.sequence_length) * self.sequence_length
             part = f"{float(share):.1%} of the run, " if len(self.corpora) > 1 else ""
             yield (
-                f"data: {corpus.name}, {part}{corpus.documents:,} documents, {len(corpus.train):,} tokens to train on "
-                f"and {len(corpus.validation):,} to validate on; {seen[corpus.name] / epoch:.3g} epochs of it"
+                f"data: {corpus.name}, {part}{corpus.documents:,} document{'s' * (corpus.documents != 1)}, "
+                f"{len(corpus.train):,} tokens to train on and {len(corpus.validation):,} to validate on; "
+                f"{seen[corpus.name] / epoch:.3g} epochs of it"
             )
         yield f"run: {sequences:,} sequences of {self.sequence_length:,} tokens, {sum(seen.values()):,} tokens in all"
 

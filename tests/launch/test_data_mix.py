@@ -104,7 +104,7 @@ def test_the_fingerprint_is_of_the_texts_and_of_their_shares(tmp_path: Path, mon
     assert sorted(set(held[:, 0].tolist())) == [97, 98], "both are validated"
     lines = list(data.summary(100))
     assert lines[-1] == "run: 100 sequences of 8 tokens, 800 tokens in all"
-    assert f"data: {b}, 70.0% of the run, 1 documents, 286 tokens to train on and 15 to validate on;" in lines[1]
+    assert f"data: {b}, 70.0% of the run, 1 document, 286 tokens to train on and 15 to validate on;" in lines[1]
     assert lines[1].endswith(f"; {letters['b'] / (35 * 8):.3g} epochs of it")
 
 
