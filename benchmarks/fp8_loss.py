@@ -28,13 +28,12 @@ from typing import Any
 from torch.multiprocessing.spawn import spawn
 
 from benchmarks.fp8_loss_ranks import CONFIG, VARIANTS, Run, configuration, work
-from benchmarks.loss_curves import svg
+from benchmarks.loss_curves import CLAIM, svg
 from launch.config_file import read
 from launch.data import DataError, open_dataset
 
 RESULTS = Path("runs/fp8_loss.jsonl")
 LAST = 50
-CLAIM = 0.0025
 Losses = dict[Run, list[float]]
 
 

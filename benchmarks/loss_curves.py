@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 WIDTH, LEFT, RIGHT, TOP, PANEL, GAP = 760, 56, 16, 34, 190, 52  # pixels
 COLOURS = {"bf16": "#222222", "control": "#2a78b8", "fp8": "#d1592a"}
 NAMES = {"bf16": "BF16", "control": "BF16, one weight moved by 1e-4", "fp8": "FP8"}
+CLAIM = 0.0025
+"""The excess that the picture always has room for."""
 Runs = Sequence[Sequence[float]]
 
 
@@ -13,13 +15,14 @@ def svg(losses: Mapping[str, Runs], window: int) -> str:
     """``losses``: of every variant, by seed. Excess is that of means over ``window`` steps: thin lines are seeds, thick
     ones their mean."""
     steps = len(losses["bf16"][0])
-    height = TOP + 2 * PANEL + GAP + 34
+    height = TOP + 2 * PANEL + GAP + 44
     means = {variant: [statistics.fmean(at) for at in zip(*runs, strict=True)] for variant, runs in losses.items()}
     excess = {
         v: [_excess(a, b, window) for a, b in zip(losses[v], losses["bf16"], strict=True)] for v in ("control", "fp8")
     }
     loss_axis = _axis(0, steps, min(map(min, means.values())), max(map(max, means.values())), TOP)
-    largest = max(abs(y) for lines in excess.values() for line in lines for y in line[steps // 6 :])
+    largest = max(abs(y) for lines in excess.values() for line in lines for y in line)
+    largest = max(largest, CLAIM * 1.1)
     below = TOP + PANEL + GAP
     excess_axis = _axis(0, steps, -largest, largest, below)
     lines = [
@@ -33,7 +36,8 @@ def svg(losses: Mapping[str, Runs], window: int) -> str:
         f'<text x="{LEFT}" y="{below - 12}" font-size="13">Excess over BF16 of the same seed (%), '
         f"means over {window} steps</text>",
     ]
-    marks = [(f"{100 * y:+.1f}", excess_axis(0, y)[1]) for y in (-0.02, -0.01, -0.005, 0.0, 0.005, 0.01, 0.02)]
+    unit = next(unit for unit in (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 1.0) if largest <= 4 * unit)
+    marks = [(f"{100 * unit * n:+g}", excess_axis(0, unit * n)[1]) for n in range(-4, 5)]
     lines += _frame(below, steps, [mark for mark in marks if _inside(mark[1], below)])
     for variant, mean in means.items():
         lines.append(_line([loss_axis(x + 1, y) for x, y in enumerate(mean)], COLOURS[variant], 1.2))
