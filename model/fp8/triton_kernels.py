@@ -1,11 +1,11 @@
 """The scheme as Triton kernels: quantising both ways in one pass, with SwiGLU before it, and grouped products.
 
     x [T, D] -> q in ROW tiles [T, D]  and  q in COLUMN tiles, transposed [D, T]      one read of x, for Dgrad and Wgrad
-    h [T, 2F] -> swiglu(h) the same two ways                                          it never reaches memory in BF16
+    h [T, 2F] -> swiglu(h) one way or the other                                       it never reaches memory in BF16
     a [M, K] x b [N, K] -> [M, N], promoted to FP32 every 128 of K                    for all experts in one launch
 
-Experimental: tested in Triton's interpreter on a CPU (TRITON_INTERPRET=1), not run on a GPU. They need FP8 tensor cores
-there (SM89 or newer).
+Experimental: tested in Triton's interpreter on a CPU (TRITON_INTERPRET=1) and compiled for Hopper, not run on a GPU.
+They need FP8 tensor cores there (SM89 or newer).
 
 Numbers are rounded in integers, so that they are the definition's (``quantise.py``, ``formats.py``) bit by bit
 wherever a kernel runs: Triton's interpreter does not round to even, and maxima drop NaN. T tokens, D and F channels,
