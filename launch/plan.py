@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +18,7 @@ from parallel.estimate.fit import check
 from parallel.estimate.hardware import WHAT_IF, Cluster, changed, from_mapping
 from parallel.estimate.plan import Plan, Run, make_plan
 from parallel.estimate.search import search
-from parallel.estimate.workload import PRECISIONS, Precision, Recompute, Workload
+from parallel.estimate.workload import PRECISIONS, Precision, Workload, recompute_of
 
 CLUSTERS = Path(__file__).parents[1] / "configs" / "clusters"
 DEFAULT_CLUSTER = "h800"
@@ -29,15 +29,15 @@ what-if, KEY=VALUE,...:
   nvlink=900  ib=100          links: GB/s inside a node, both ways together; between nodes, one way, for each GPU
   memory_gb=141  ...          any other key of a cluster, as in configs/clusters
   precision                   of products: {", ".join(PRECISIONS)}; otherwise the configuration's
-  recompute                   none; selective: norms, MLA's up-projections and SwiGLU's output are made again in
-                              backward, as DeepSeek-V3 does; full: all between the inputs of a layer's phases
+  recompute=norm+mla_up       what backward makes again (docs/recompute.md): some of norm+mla_up+swiglu, full, or none;
+                              otherwise the configuration's model.recompute
   mtp=1                       multi-token-prediction modules; otherwise the configuration's
   imbalance=1.1               rows of the busiest expert-parallel rank over the mean
 
 examples:
-  dualpipe plan configs/deepseek-v3.yaml --what-if precision=fp8,recompute=selective,mtp=1
-  dualpipe plan configs/deepseek-v3.yaml layout.expert=32 --what-if precision=fp8,recompute=selective,ib=25
-  dualpipe plan configs/deepseek-v3.yaml --search --what-if precision=fp8
+  dualpipe plan configs/deepseek-v3.yaml --what-if cluster.gpu=h200,recompute=none
+  dualpipe plan configs/deepseek-v3.yaml layout.expert=32 --what-if ib=25
+  dualpipe plan configs/deepseek-v3.yaml --search --what-if precision=bf16
   dualpipe plan configs/deepseek-v3.yaml --phases configs/phases/deepseek-v3.yaml --what-if precision=fp8
   dualpipe plan configs/tiny-cpu.yaml --calibrate here.yaml
   dualpipe plan configs/tiny-cpu.yaml --cluster here.yaml"""
@@ -117,7 +117,12 @@ class _WhatIf:
     workload: Mapping[str, Any]
 
 
-_OF_THE_WORKLOAD = {"precision": str, "recompute": str, "mtp": int, "imbalance": float}
+_OF_THE_WORKLOAD: dict[str, Callable[[str], Any]] = {
+    "precision": str,
+    "recompute": recompute_of,
+    "mtp": int,
+    "imbalance": float,
+}
 
 
 def _inputs(args: argparse.Namespace) -> tuple[Workload, Cluster, Run]:
@@ -147,11 +152,11 @@ def workload_of(config: Config, changes: Mapping[str, Any] = MappingProxyType({}
         microbatches=config.microbatches,
         precision=cast(Precision, changes.get("precision", config.precision.compute)),
         moment_bytes={"fp32": 4, "bf16": 2}[config.optimizer.moments],
-        recompute=cast(Recompute, changes.get("recompute", "none")),
         mtp=config.model.num_nextn_predict_layers,
         # A change of precision takes DeepSeek-V3's payload with it, unless the configuration says otherwise.
         fp8_payload=config.dispatch.payload != "plain",
     )
+    workload = workload.recomputing(changes.get("recompute", config.model.recompute))
     return replace(workload, **{key: value for key, value in changes.items() if key in ("mtp", "imbalance")})
 
 
@@ -175,7 +180,9 @@ def _number(key: str, text: str) -> Any:
     kind = _OF_THE_WORKLOAD[key]
     try:
         return kind(text)
-    except ValueError:
+    except ValueError as error:
+        if kind is recompute_of:
+            raise UsageError(str(error)) from None
         wanted = "a whole number" if kind is int else "a number"
         raise UsageError(f"--what-if {key}={text} must be {wanted}") from None
 

@@ -8,7 +8,7 @@ from parallel.estimate.plan import Plan
 from parallel.estimate.run import DAY
 from parallel.estimate.search import Found
 from parallel.estimate.step import idle_by_cause
-from parallel.estimate.workload import Workload
+from parallel.estimate.workload import Workload, spell
 
 _CAUSES = {
     "warmup": "warm-up",
@@ -26,7 +26,7 @@ def report(plan: Plan) -> str:
     lines = [
         f"{plan.gpus} x {cluster.name}: {w.schedule}, pipeline {layout.pipeline} x data {layout.data}, expert "
         f"{layout.expert}, {w.microbatches} micro-batches of {w.micro_batch_size} x {w.sequence_length} tokens, "
-        f"{w.precision}, recompute {w.recompute}" + (f", mtp {w.mtp}" if w.mtp else ""),
+        f"{w.precision}, recompute {spell(w.model.recompute)}" + (f", mtp {w.mtp}" if w.mtp else ""),
         "",
         _ranks(plan),
         "",
@@ -55,7 +55,7 @@ def ranking(found: Found) -> str:
                 f"{closed[w]:.3f}",
                 w.schedule,
                 *map(str, (w.layout.pipeline, w.layout.data, w.layout.expert, w.micro_batch_size)),
-                w.recompute,
+                spell(w.model.recompute),
                 {2: "bf16", 4: "fp32"}[w.moment_bytes],
                 _payload(w),
                 f"{plan.memory[plan.fullest_rank].total / 1e9:.1f}",
@@ -71,7 +71,7 @@ def named(w: Workload) -> str:
     """A layout in words."""
     return (
         f"{w.schedule}, pipeline {w.layout.pipeline} x data {w.layout.data}, expert {w.layout.expert}, "
-        f"micro-batch {w.micro_batch_size}, recompute {w.recompute}"
+        f"micro-batch {w.micro_batch_size}, recompute {spell(w.model.recompute)}"
     )
 
 

@@ -80,7 +80,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, positions: Positions, again: Recomputation | None = None) -> Tensor:
         """``again``: what is made again of the layer."""
-        c, again = self.config, again or Recomputation()
+        c, dtype, again = self.config, x_BSD.dtype, again or Recomputation()
         c_q = x_BSD if c.q_lora_rank is None else again("norm", self.q_a_norm, self.q_a(x_BSD, again))
         latent, k_rope = self.kv_a(x_BSD, again).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         latent = again("norm", self.kv_a_norm, latent)
@@ -94,7 +94,7 @@ class Attention(nn.Module):
             "mla_up", lambda q, kv, rope: self._core_inputs(q, kv, rope, positions, again), c_q, latent, k_rope
         )
         out_BHSK = attend(q, k, v, c.softmax_scale, positions)
-        out = again("mla_up", lambda out: core_result(out, c.v_head_dim, x_BSD.dtype).flatten(-2), out_BHSK)
+        out = again("mla_up", lambda out: core_result(out, c.v_head_dim, dtype).flatten(-2), out_BHSK)
         return self.o(out, again)
 
     def _queries(self, c_q: Tensor, positions: Positions, again: Recomputation) -> tuple[Tensor, Tensor]:

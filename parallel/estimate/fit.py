@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from dualpipe import schedules
 from parallel.estimate.plan import Plan, make_plan
-from parallel.estimate.workload import Workload
+from parallel.estimate.workload import SELECTIVE, Workload
 
 
 class DoesNotFit(ValueError):
@@ -37,12 +37,13 @@ def _fits(plan: Plan, workload: Workload) -> bool:
 
 def _changes(workload: Workload) -> Iterator[tuple[str, Workload]]:
     """Changes, the cheapest first, and the words for them; each alone, then on top of recomputation."""
-    selective = replace(workload, recompute="selective") if workload.recompute == "none" else workload
-    if workload.recompute == "none":
-        yield "recompute=selective", selective
-    if workload.recompute != "full":
-        yield "recompute=full", replace(workload, recompute="full")
-    prefix = "recompute=selective and " if workload.recompute == "none" else ""
+    selective, prefix = workload, ""
+    if workload.model.recompute not in (SELECTIVE, "full"):
+        selective, words = workload.recomputing(SELECTIVE), f"model.recompute=[{','.join(SELECTIVE)}]"
+        yield words, selective
+        prefix = f"{words} and "
+    if workload.model.recompute != "full":
+        yield "model.recompute=full", workload.recomputing("full")
     layout, c = workload.layout, workload.model
     if workload.micro_batch_size % 2 == 0:
         half = replace(

@@ -6,7 +6,7 @@ group (``parallel/mesh.py``), which for routed experts is smaller by the expert-
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from dualpipe.program import Program
 from parallel.estimate.operations import Operations
@@ -68,20 +68,20 @@ def stage_parameters(operations: Operations, layers: Sequence[range]) -> list[St
 
 
 def layer_activation_bytes(workload: Workload, moe: bool) -> float:
-    """What one layer keeps of one micro-batch from its forward to the end of its backward."""
-    c = workload.model
-    if workload.recompute == "full":  # the inputs of attention and of the MLP, and the rows that came
-        rows = c.num_experts_per_tok * workload.imbalance if moe else 0
-        of_a_row = c.hidden_size * _operand_bytes(workload) + 36
-        return workload.tokens * (2 * c.hidden_size * workload.activation_width + rows * of_a_row)
-    selective = workload.recompute == "selective"
-    token, row = _selective_bytes(workload) if selective else _kept_bytes(workload)
-    token += row(c.n_shared_experts * c.moe_intermediate_size if moe else c.intermediate_size)
+    """What one layer keeps of one micro-batch from its forward to the end of its backward, as ``parallel/layer.py``
+    runs it under ``model.recompute``. Results of the MLP are sent on."""
+    c, width = workload.model, workload.activation_width
+    full = c.recompute == "full"
+    shared = c.n_shared_experts * c.moe_intermediate_size if moe else c.intermediate_size
+    row = (lambda intermediate: 0.0) if full else _row_bytes(workload)
+    token = c.hidden_size * width * (2 if shared else 1) if full else _token_bytes(workload, moe)
+    token += row(shared)
     if not moe:
         return workload.tokens * token
-    # Scores in FP32; of each choice its number, its score and its weight, and of its row the weight and two places.
-    token += 4 * c.n_routed_experts + 16 * c.num_experts_per_tok + 4
-    routed = row(c.moe_intermediate_size) + c.hidden_size * _operand_bytes(workload) + 20
+    as_sent = workload.layout.expert > 1 and workload.fp8_payload
+    received = _operand_bytes(workload) if as_sent or not full else width
+    # Of each row of an expert its gate value and two places.
+    routed = row(c.moe_intermediate_size) + c.hidden_size * received + 20
     return workload.tokens * (token + c.num_experts_per_tok * workload.imbalance * routed)
 
 
@@ -90,33 +90,29 @@ def _operand_bytes(workload: Workload) -> float:
     return {"fp8": 1 + 4 / 128, "bf16": 2.0, "fp32": 4.0}[workload.precision]
 
 
-def _kept_bytes(workload: Workload) -> tuple[float, Callable[[int], float]]:
-    """(of a token in attention and norms, of a row in an MLP of some width) where nothing is made again.
-
-    As ``parallel/layer.py`` runs a layer: inputs of norms and products; queries, keys, values and results of the core,
-    all as wide as the keys (``model.attention.attend``); SwiGLU's input and output. Results of the MLP are sent on.
-    """
+def _token_bytes(workload: Workload, moe: bool) -> float:
+    """Of a token in attention, norms and router: inputs of norms and products; queries, keys, values and results of the
+    core, all as wide as the keys (``model.attention.core_inputs``)."""
     c, width, operand = workload.model, workload.activation_width, _operand_bytes(workload)
     heads, latents = c.num_attention_heads, (c.q_lora_rank or 0) + c.kv_lora_rank
-    norm_inputs = 2 * c.hidden_size + latents
-    statistics = 4 * (4 if c.q_lora_rank is not None else 3) + 4 * heads
-    token: float = norm_inputs * (width + operand) + 2 * c.qk_rope_head_dim * width + statistics
-    token += heads * (4 * c.qk_head_dim * width + c.v_head_dim * operand)
+    norms = 2 * c.hidden_size + latents
+    token: float = norms * width + c.qk_rope_head_dim * width
+    token += 4 * (4 if c.q_lora_rank is not None else 3) + 4 * heads  # statistics
+    token += heads * c.qk_head_dim * width
+    if not workload.makes_again("norm"):
+        token += norms * operand + (4 * c.hidden_size if moe and width < 4 else 0)  # the router reads FP32
+    if not workload.makes_again("mla_up"):
+        token += 3 * heads * c.qk_head_dim * width
+        token += heads * c.v_head_dim * (1.5 + 4 / 128 if workload.precision == "fp8" else width)
+    if moe:  # scores in FP32; of each choice its number, its score and its weight
+        token += 4 * c.n_routed_experts + 16 * c.num_experts_per_tok + 4
+    return token
 
-    def row(intermediate: int) -> float:
-        return 3 * intermediate * operand
 
-    return token, row
-
-
-def _selective_bytes(workload: Workload) -> tuple[float, Callable[[int], float]]:
-    """The same where outputs of norms, of MLA's up-projections and of SwiGLU are made again. In FP8 the result of the
-    attention core is kept in 12 bits (report, 3.2.3 and 3.3.3)."""
-    c, width, operand = workload.model, workload.activation_width, _operand_bytes(workload)
-    heads, latents = c.num_attention_heads, (c.q_lora_rank or 0) + c.kv_lora_rank
-    token: float = (2 * c.hidden_size + latents + c.qk_rope_head_dim) * width + 4 * heads
-    token += heads * c.v_head_dim * (1.5 if workload.precision == "fp8" else width)
-    return token, lambda intermediate: 2 * intermediate * operand
+def _row_bytes(workload: Workload) -> Callable[[int], float]:
+    """Of a row in an MLP of some width: SwiGLU's input, and its output unless that is made again, as in FP8 always."""
+    again = workload.precision == "fp8" or workload.makes_again("swiglu")
+    return lambda intermediate: (2 if again else 3) * intermediate * _operand_bytes(workload)
 
 
 def activation_bytes(workload: Workload, layers: Sequence[range]) -> list[float]:
@@ -169,7 +165,7 @@ def rank_memory(
 def _buffers(workload: Workload, program: Program) -> float:
     c, width, state = workload.model, workload.activation_width, message_bytes(workload)
     # What is made again of a layer is there while its backward runs.
-    again = layer_activation_bytes(replace(workload, recompute="none"), True) if workload.recompute == "full" else 0.0
+    again = layer_activation_bytes(workload.recomputing(()), True) if workload.model.recompute == "full" else 0.0
     messages = 4 * 3 * state if program.ranks > 1 else 0  # four channels: two received ahead, one being sent
     rows = workload.tokens * c.num_experts_per_tok * c.hidden_size * width * workload.imbalance
     return again + messages + (2 * rows if workload.layout.expert > 1 else 0.0)

@@ -89,7 +89,7 @@ class Operations:
             + self.core(F)
             + (self._router(F) if moe else 0.0),
             (Phase.ATTENTION, I): sum(self.backward_input(*each) for each in attention)
-            + self._recomputed()
+            + self._up_again()
             + self.core(I)
             + (self._router(I) + self._router(W) if moe else 0.0),
             (Phase.ATTENTION, W): sum(self.backward_weight(*each) for each in attention),
@@ -102,7 +102,7 @@ class Operations:
             cost[part] += getattr(self.cluster, f"{name}_us") * 1e-6
             if part in SMALL:
                 cost[part] += self._small(f"{name}_memory", self.small_bytes(part, moe))
-        if self.workload.recompute == "full":
+        if self.workload.model.recompute == "full":
             for phase in (Phase.ATTENTION, Phase.MLP):
                 cost[phase, I] += cost[phase, F]
         if self.cluster.shares_cores:  # a core that moves bytes computes nothing meanwhile
@@ -212,12 +212,12 @@ class Operations:
             yield Matrix(2 * shared, c.hidden_size), w.tokens
             yield Matrix(c.hidden_size, shared), w.tokens
 
-    def _recomputed(self) -> float:
-        """MLA's up-projections, where they run again."""
-        if self.workload.recompute != "selective":
+    def _up_again(self) -> float:
+        """MLA's up-projections, where they run again on their own."""
+        if not self.workload.makes_again("mla_up"):
             return 0.0
         matrices = self.attention_matrices()
-        again = [matrices[name] for name in ("q_b", "kv_b") if name in matrices]
+        again = [matrices[name] for name in ("q", "q_b", "kv_b") if name in matrices]
         return sum(self.forward(matrix, self.workload.tokens) for matrix in again)
 
     def _router(self, op: Op) -> float:
@@ -243,10 +243,12 @@ class Operations:
         if op is F:
             numbers = norms + assembled + 3 * hidden + 2 * hidden  # residual sum and the second norm
             return self.workload.tokens * (width * numbers + self._casts(2 * hidden + latents + value))
-        again = norms + assembled if self.workload.recompute == "selective" else 0
+        again = (norms if self.workload.makes_again("norm") else 0) + (
+            assembled if self.workload.makes_again("mla_up") else 0
+        )
         taken_apart = 2 * query + (query + up)
         norms_back = 2 * 3 * hidden + 3 * latents + 2 * 3 * hidden  # with the two sums into the residual gradient
-        casts = self._casts(hidden + latents) if self.workload.recompute == "selective" else 0.0
+        casts = self._casts(hidden + latents) if self.workload.makes_again("norm") else 0.0
         casts += self._casts(hidden + query + up + latents, both=True) + self._transposes(value + hidden + latents)
         return self.workload.tokens * (width * (again + taken_apart + norms_back) + casts)
 
@@ -266,7 +268,7 @@ class Operations:
         if op is W:
             return self._transposes((2 if moved else 1) * hidden)
         swiglu = (2 + 1 + 2) * intermediate * width  # its input, the gradient, and the input's gradient
-        again = intermediate * self.operand_width if self.workload.recompute == "selective" else 0
+        again = intermediate * self.operand_width if self.workload.makes_again("swiglu") else 0
         casts = self._casts(2 * intermediate, both=True) + (0.0 if moved else self._casts(hidden, both=True))
         return swiglu + again + casts + (2 * hidden * (self.operand_width + width) if moved else 0.0)
 

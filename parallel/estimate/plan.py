@@ -29,7 +29,7 @@ from parallel.estimate.stages import (
     stage_layers,
 )
 from parallel.estimate.step import EndSeconds, RankSeconds, idle_by_cause, play, ranks_seconds, step_program
-from parallel.estimate.workload import Workload
+from parallel.estimate.workload import Workload, spell
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Plan:
             "micro_batch_size": self.workload.micro_batch_size,
             "microbatches": self.workload.microbatches,
             "precision": self.workload.precision,
-            "recompute": self.workload.recompute,
+            "recompute": spell(self.workload.model.recompute),
             "moments": {2: "bf16", 4: "fp32"}[self.workload.moment_bytes],
             "fp8_payload": self.workload.precision == "fp8" and self.workload.fp8_payload,
             "mtp": self.workload.mtp,

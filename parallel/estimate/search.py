@@ -92,10 +92,9 @@ def layouts(workload: Workload) -> Iterator[Workload]:
                             schedule=name,
                             micro_batch_size=size,
                             microbatches=microbatches,
-                            recompute=recompute,
                             moment_bytes=moments,
                             fp8_payload=fp8_payload,
-                        )
+                        ).recomputing(recompute)
 
 
 class ClosedForm:

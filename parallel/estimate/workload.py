@@ -1,19 +1,36 @@
 """What is to be trained and how: the part of a configuration that decides costs, and the routing it leads to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from model.config import ModelConfig
+from model.config import ModelConfig, Recompute, Recomputed
 from parallel.mesh import Layout
 
 Precision = Literal["fp8", "bf16", "fp32"]
-Recompute = Literal["none", "selective", "full"]
 
 PRECISIONS: tuple[Precision, ...] = ("fp8", "bf16", "fp32")
-RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
+SELECTIVE: Recompute = get_args(Recomputed)
+"""As DeepSeek-V3 trained (report, 3.2.3 and 3.3.3)."""
+RECOMPUTES: tuple[Recompute, ...] = ((), SELECTIVE, "full")
+"""What a search tries, from the cheapest in time to the cheapest in memory."""
+
+
+def spell(recompute: Recompute) -> str:
+    """``model.recompute`` in one word."""
+    return recompute if isinstance(recompute, str) else "+".join(recompute) or "none"
+
+
+def recompute_of(text: str) -> Recompute:
+    """The inverse of ``spell``. Raises ValueError for another word."""
+    known = get_args(Recomputed)
+    if text in ("none", "full"):
+        return "full" if text == "full" else ()
+    if set(text.split("+")) <= set(known):
+        return tuple(name for name in known if name in text.split("+"))
+    raise ValueError(f"recompute={text} must be none, full, or some of {'+'.join(known)} with + between them")
 
 
 @dataclass(frozen=True)
@@ -31,9 +48,6 @@ class Workload:
     """Of the products of linear layers; head and router are BF16 where this is FP8."""
     moment_bytes: int
     """Of one of the optimizer's two moments, a parameter."""
-    recompute: Recompute = "none"
-    """``selective``: norms, MLA's up-projections and SwiGLU's output are made again in backward (DeepSeek-V3 report,
-    3.2.3 and 3.3.3); ``full``: everything between the inputs of a layer's phases."""
     fp8_payload: bool = True
     """Whether what is dispatched travels in FP8, where products are FP8."""
     mtp: int = 0
@@ -44,13 +58,20 @@ class Workload:
     """Tokens that attend to each other, where that is more than a sequence of a micro-batch; 0: it is not."""
 
     def __post_init__(self) -> None:
-        for key, known in (("precision", PRECISIONS), ("recompute", RECOMPUTES)):
-            if getattr(self, key) not in known:
-                raise ValueError(f"{key}={getattr(self, key)} must be {' or '.join(known)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision} must be {' or '.join(PRECISIONS)}")
         if self.mtp not in (0, 1):
             raise ValueError(f"mtp={self.mtp} must be 0 or 1")
         if not 1 <= self.imbalance <= self.layout.expert:
             raise ValueError(f"imbalance={self.imbalance:g} must be from 1 to layout.expert ({self.layout.expert})")
+
+    def recomputing(self, recompute: Recompute) -> "Workload":
+        """The same under another ``model.recompute``."""
+        return replace(self, model=replace(self.model, recompute=recompute))
+
+    def makes_again(self, what: Recomputed) -> bool:
+        """By itself: under ``full``, whole phases run again instead."""
+        return what in self.model.recompute
 
     @property
     def tokens(self) -> int:

@@ -10,7 +10,7 @@ from launch.plan import main, read_cluster
 
 ROOT = Path(__file__).parents[2]
 V3 = str(ROOT / "configs" / "deepseek-v3.yaml")
-AS_TRAINED = ["--what-if", "precision=fp8,recompute=selective,mtp=1"]
+AS_TRAINED = ["--what-if", "recompute=norm+mla_up+swiglu,mtp=1"]
 KEYS = (
     "step_seconds tokens_per_day gpu_hours_per_trillion_tokens gpu_hours_total dollars_total "
     "effective_training_fraction tflops_causal tflops_noncausal mfu_causal mfu_noncausal pair_seconds "

@@ -7,13 +7,13 @@ from launch.plan import read_cluster
 from model.config import ModelConfig
 from parallel.estimate.hardware import Cluster
 from parallel.estimate.plan import Run
-from parallel.estimate.workload import Workload
+from parallel.estimate.workload import SELECTIVE, Workload
 from parallel.mesh import Layout
 
 H800: Cluster = read_cluster("h800")
 RUN = Run(steps=235000, checkpoint_every=None, active=36_624_000_000)
 PUBLISHED = Workload(
-    model=ModelConfig(),
+    model=ModelConfig(recompute=SELECTIVE),
     layout=Layout(pipeline=16, data=128, expert=64),
     schedule="dualpipe",
     sequence_length=4096,
@@ -21,7 +21,6 @@ PUBLISHED = Workload(
     microbatches=120,
     precision="fp8",
     moment_bytes=2,
-    recompute="selective",
     mtp=1,
 )
 

@@ -1,23 +1,20 @@
 """Memory: parameters against the model's own count, activations against the bytes that the runtime keeps alive."""
 
-import gc
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
 
-from dualpipe.program import Work
-from model.config import ModelConfig
-from model.exchange import LocalExchange
-from model.linear import WeightGradients, own
+from benchmarks.recompute import kept_bytes
+from model.attention import core_inputs
+from model.config import ModelConfig, Recompute
 from model.size import size
-from model.transformer import Transformer, initialise
 from parallel.estimate.memory import layer_activation_bytes, stage_parameters
 from parallel.estimate.operations import Operations
 from parallel.estimate.stages import stage_layers
 from parallel.estimate.workload import Workload
 from parallel.mesh import Layout
-from parallel.stage import ModelStage, StepScale
 from tests.parallel.estimate.published import H800, PUBLISHED
 
 SMALL = ModelConfig(
@@ -56,44 +53,30 @@ def test_multi_token_prediction_adds_the_published_parameters() -> None:
     assert with_one - without == pytest.approx(11.6e9, rel=0.01)
 
 
+SELECTIVE: Recompute = ("norm", "mla_up", "swiglu")
+
+
 @pytest.mark.parametrize("layer", [1, 2])
-@pytest.mark.parametrize("change", [{}, {"q_lora_rank": None}, {"v_head_dim": 48}, {"n_shared_experts": 2}])
-def test_a_layer_keeps_what_is_predicted(layer: int, change: dict[str, int | None]) -> None:
+@pytest.mark.parametrize(
+    ("change", "policy"),
+    [({}, policy) for policy in ((), ("norm",), ("mla_up",), ("swiglu",), SELECTIVE, "full")]
+    + [({"q_lora_rank": None}, ()), ({"v_head_dim": 48}, SELECTIVE), ({"n_shared_experts": 2}, "full")],
+)
+def test_a_layer_keeps_what_is_predicted(layer: int, change: dict[str, int | None], policy: Recompute) -> None:
     """Within 2 %, in FP32, where a CPU widens nothing. Layer 1 is dense, layer 2 has experts."""
-    model = replace(SMALL, **change)
+    model = replace(SMALL, recompute=policy, **change)  # type: ignore[arg-type]
     workload = Workload(model, Layout(), "dualpipe", 256, 2, 1, "fp32", 4)
     predicted = layer_activation_bytes(workload, model.is_moe(layer))
-    assert predicted == pytest.approx(_measured(model, layer), rel=0.02)
+    assert predicted == pytest.approx(kept_bytes(model, layer, "fp32", 256, 2), rel=0.02)
 
 
-def _measured(config: ModelConfig, layer: int) -> int:
-    """Bytes of all tensors that a forward of one layer leaves alive, without its output, which is sent away."""
-    model = Transformer(config, [layer], range(config.n_routed_experts))
-    initialise(model, seed=1)
-    gradients = WeightGradients({p: torch.zeros_like(p) for p in model.parameters()})
-    own(model, gradients)
-    stage = ModelStage(model, gradients, LocalExchange(config.n_routed_experts), torch.device("cpu"))
-    stage.begin({}, StepScale(512, 2), training=True)
-    x_BSD = torch.randn(2, 256, config.hidden_size)
-    model.rotations(256, x_BSD.device)
-    before = {*_alive(), *(t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers()))}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y_BSD = stage.forward(Work(1, 0), x_BSD)
-    assert y_BSD is not None
-    kept = {**saved, **_alive(), x_BSD.untyped_storage().data_ptr(): x_BSD.untyped_storage().nbytes()}
-    del kept[y_BSD.untyped_storage().data_ptr()]
-    inputs = {x_BSD.untyped_storage().data_ptr()}
-    return sum(size for place, size in kept.items() if place not in before or place in inputs)
-
-
-def _alive() -> dict[int, int]:
-    """Storages of the tensors that Python knows: place -> bytes."""
-    gc.collect()
-    storages = (o.untyped_storage() for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter))
-    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_layer_in_a_narrow_format_saves_what_is_predicted(layer: int, precision: Literal["bf16", "fp8"]) -> None:
+    """The rest is what the attention core keeps, which a CPU may run in FP32: twice of it for BF16."""
+    model = replace(SMALL, recompute=("norm", "mla_up", "swiglu"))
+    workload = Workload(model, Layout(), "dualpipe", 256, 2, 1, precision, 4)
+    predicted = layer_activation_bytes(workload, model.is_moe(layer))
+    if core_inputs(*torch.zeros(3, 1, 1, 1, 8, dtype=torch.bfloat16))[0].dtype == torch.float32:
+        predicted += 512 * model.num_attention_heads * model.qk_head_dim * 2
+    assert predicted == pytest.approx(kept_bytes(model, layer, precision, 256, 2), rel=0.02)
