@@ -69,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_memory(config_name: str, config: Config) -> None:
-    parameters, free = size(config.model).total, psutil.virtual_memory().available
+    counted, free = size(config.model), psutil.virtual_memory().available
+    parameters = counted.total + counted.mtp
     if parameters * BYTES_A_PARAMETER > free:
         raise UsageError(
             f"{config_name}: its {parameters:,} parameters need about {parameters * BYTES_A_PARAMETER / 1e9:.0f} GB in "
@@ -88,7 +89,8 @@ def measure(config: Config, choice: Choice) -> dict[str, Probe]:
     probes = probe(model, choice.gemm)
     loss = model(tokens_BS[:, :-1], tokens_BS[:, 1:])
     balance = config.model.balance_loss_alpha * loss.balance / len(rows)
-    (loss.cross_entropy / tokens_BS[:, 1:].numel() + balance).backward()
+    cross_entropy = loss.cross_entropy + config.model.mtp_loss_weight * loss.mtp
+    (cross_entropy / tokens_BS[:, 1:].numel() + balance).backward()
     return probes
 
 

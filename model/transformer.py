@@ -54,12 +54,13 @@ class Transformer(nn.Module):
         layers = range(config.num_hidden_layers) if layers is None else layers
         experts = range(config.n_routed_experts) if experts is None else experts
         self.first, self.last = layers[0] == 0, layers[-1] == config.num_hidden_layers - 1
-        self.mtp = MTP(config, experts) if self.last and config.num_nextn_predict_layers else None
-        needs_embed = self.first or self.mtp is not None
+        predicts_further = self.last and config.num_nextn_predict_layers > 0
+        needs_embed = self.first or predicts_further
         self.embed = (embed or Embedding(config.vocab_size, config.hidden_size)) if needs_embed else None
         self.layers = nn.ModuleDict({str(layer): Block(config, layer, experts) for layer in layers})
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if self.last else None
         self.head = Linear(config.hidden_size, config.vocab_size) if self.last else None
+        self.mtp = MTP(config, experts) if predicts_further else None
         self._rotations: dict[tuple[int, torch.device], Tensor] = {}
 
     def rotations(self, length: int, device: torch.device) -> Tensor:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
+from transformers import AutoModelForCausalLM
+
 from launch import export_hf, generate
 from launch.model_folder import load_model, open_run
 from model.safetensors_folder import SINGLE
@@ -78,6 +80,11 @@ def test_the_module_comes_computes_as_in_transformers_and_goes_with_the_same_byt
     assert export_hf.main([str(run), "--hf", str(back), "--dtype", "fp32"]) == 0
     before, after = tensors(folder), tensors(back)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    # transformers has no such module, and reads the rest.
+    model, loading = AutoModelForCausalLM.from_pretrained(back, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["mismatched_keys"]
+    mine = load_model(run).model(tokens[:, :-1], tokens[:, 1:]).cross_entropy.item() / tokens[:, 1:].numel()
+    assert model(input_ids=tokens, labels=tokens).loss.item() == pytest.approx(mine, rel=1e-5)
 
 
 def test_what_a_folder_or_an_override_leaves_out_is_said(folder: Path, tmp_path: Path, text: Path, capsys: Any) -> None:
