@@ -123,6 +123,8 @@ class DataConfig:
     """Share of each source that is kept out of training."""
     validation_sequences: int = 64
     """Sequences of the validation split that are scored; 0 scores none."""
+    skip_batches: tuple[int, ...] = ()
+    """Positions in the data, in sequences, of batches to leave out: ``first_sequence`` in metrics and events."""
     document_boundaries: Literal["ignore", "attention"] = "ignore"
     """Sequences are packed from whatever documents come next. ``ignore`` lets attention cross from one to the next, as
     DeepSeek-V3 was trained; ``attention`` keeps it within documents, and positions begin again at each."""
@@ -138,6 +140,8 @@ class DataConfig:
         _check(self.text_field != "", "data.text_field", self.text_field, "must be the name of a field")
         share = 0 <= self.fill_in_middle <= 1
         _check(share, "data.fill_in_middle", self.fill_in_middle, "must be from 0 to 1, a share of the documents")
+        for at, position in enumerate(self.skip_batches):
+            _check_count(f"data.skip_batches[{at}]", position, limit=2**62)
         self._check_sources()
 
     def _check_sources(self) -> None:
@@ -178,10 +182,19 @@ class RecoveryConfig:
     replicate_every: int = 0
     """Steps between two snapshots of every rank's state in host memory, its own and that of a rank on another node.
     Restarted ranks go on from there instead of from the disk. 0 takes none; needs max_restarts, and Linux."""
+    max_bad_steps: int = 0
+    """Bad steps in a row (launch/bad_steps.py) after which the run goes back to the newest checkpoint, without the
+    batches of these steps; 0 ends the run at the first one."""
+    spike_factor: float = 0.0
+    """Times the usual spread above the usual loss that make a step a bad one; 0 is never."""
+    hash_every: int = 0
+    """Steps between two comparisons of all copies of the parameters (parallel/flips.py), apart from those before each
+    checkpoint; 0 makes none."""
 
     def __post_init__(self) -> None:
-        _check_count("recovery.max_restarts", self.max_restarts)
-        _check_count("recovery.replicate_every", self.replicate_every)
+        for key in ("max_restarts", "replicate_every", "max_bad_steps", "hash_every"):
+            _check_count(f"recovery.{key}", getattr(self, key))
+        _check(self.spike_factor >= 0, "recovery.spike_factor", self.spike_factor, "must not be negative")
         needless = self.replicate_every > 0 and self.max_restarts == 0
         rule = "needs recovery.max_restarts of at least 1: nobody else gives ranks what memory kept"
         _check(not needless, "recovery.replicate_every", self.replicate_every, rule)

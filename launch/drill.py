@@ -67,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="say what there is to drill, and drill nothing")
     parser.add_argument("--config", metavar="CONFIG", type=Path, help="YAML file; a small tiny-cpu.yaml by default")
     parser.add_argument(
-        "--control", action="store_true", help="without restarts, checksums and memory: every verdict must fail"
+        "--control",
+        action="store_true",
+        help="without restarts, checksums, memory and watch: every verdict must fail",
     )
     parser.add_argument("--json", action="store_true", help="print one list of objects instead of the table")
     return parser
@@ -100,8 +102,8 @@ def _chosen(names: Sequence[str]) -> list[Scenario]:
 
 
 def _has_control(scenario: Scenario) -> bool:
-    """Whether the run survives by something that can be switched off: restarts, checksums, or memory."""
-    return scenario.again is Again.LAUNCHER or scenario.damage is not None
+    """Whether the run survives by something that can be switched off: restarts, checksums, memory, a watch."""
+    return scenario.again is not Again.USER or scenario.damage is not None
 
 
 def _list(scenarios: Sequence[Scenario], as_json: bool) -> None:
@@ -121,11 +123,14 @@ def _run(scenarios: Sequence[Scenario], config: Config, folder: Path, arguments:
         raise UsageError(f"the run fails without any fault, with status {attempt.status}: {said}")
     if not arguments.json:
         print(f"undisturbed: {len(standard.steps)} steps in {seconds:.1f} s, state {standard.state[:16]}\n\n{_HEAD}")
-    verdicts = []
+    verdicts, planned = [], None
     for scenario in scenarios:
         limit = SLOWEST * seconds + 60
         evidence = drive.disturbed(scenario, config, folder / scenario.name, arguments.control, limit)
-        verdicts.append(judge(scenario, evidence, standard))
+        if scenario.skips and planned is None:
+            bad = drive.batch_of(drive.drilled(config, folder), scenario.faults[0].step)
+            planned = ending(drive.undisturbed(config, folder / "planned", [bad]).folder)
+        verdicts.append(judge(scenario, evidence, planned if scenario.skips and planned is not None else standard))
         if not arguments.json:
             print(_row(scenario, verdicts[-1]), flush=True)
     return verdicts

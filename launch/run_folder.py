@@ -2,6 +2,7 @@
 
 config.yaml       the configuration as resolved at the last start
 data.json         the fingerprint of the text that the run trains on
+skipped.json      where the batches begin that bad steps were blamed on
 metrics.jsonl     one object a step            events.jsonl      starts, ends, failures
 checkpoints/      what a restart goes on from  failures/         a traceback for every rank that failed
 lock              held while a run is training
@@ -26,6 +27,7 @@ class RunFolder:
         self.path = Path(config.run.dir)
         self.config_file = self.path / "config.yaml"
         self.data_file = self.path / "data.json"
+        self.skipped_file = self.path / "skipped.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.failures = self.path / "failures"

@@ -3,11 +3,9 @@
 import argparse
 import json
 import os
-import resource
 import signal
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,27 +13,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from launch.bad_steps import SkippedBatches, SpikeRule, read_found, usual_losses, write_found
 from launch.config import Config, ConfigError
 from launch.data import DataError, bits_per_byte, open_dataset
 from launch.drills.fault import PLAN, Plan
 from launch.drills.fault import read as read_plan
-from launch.metrics import LiveView, MetricsLog, median, print_summary
+from launch.job import job_of
+from launch.metrics import LiveView, MetricsLog, print_summary
 from launch.rank import Place, store_of_the_job, together
 from launch.run_folder import RunFolder
+from launch.step_entry import step_entry, summary
 from launch.stop import StopRequest
 from launch.trace import Recorder
 from launch.train import DIVERGED
 from parallel import checkpoint
 from parallel.checkpoint import CheckpointError, DamagedCheckpointError, Progress
-from parallel.phases import StepValues
 from parallel.replica import Replica
 from parallel.saver import Saver
 from parallel.stage import PADDING
-from parallel.worker import Job, StepResult, Worker
+from parallel.step_end import Refusal
+from parallel.worker import StepResult, Worker
+
+ROLLBACKS = 3
+"""Times that a run goes back without getting further, at most."""
 
 
 class Diverged(ArithmeticError):
-    """The loss of a step or its gradient is not finite: every rank sees the same, and nobody takes the step."""
+    """Steps are bad, and the run cannot or must not go on by itself. Every rank sees the same, and none takes them."""
 
 
 class UnusableSequence(Exception):
@@ -59,6 +63,9 @@ class Trainer:
         self.leads = self.rank == 0
         self.progress = Progress(step=0, sequences=0)
         self.values = config.values()
+        self.skipped, self.spikes = SkippedBatches(config.data.skip_batches), SpikeRule(0.0)
+        self.bad_steps, self.rollbacks, self.farthest = 0, 0, 0
+        self.returned: tuple[str, float] | None = None
         self.spoiled: set[Path] = set()
 
     def run(self) -> int:
@@ -70,7 +77,7 @@ class Trainer:
         self.data = together(lambda: open_dataset(config), (DataError,))
         lock = together(self._open_folder, (ConfigError,))
         try:
-            job = _job(config, self.device, self.here, self.data.document_end)
+            job = job_of(config, self.device, self.here, self.data.document_end)
             self.worker = Worker(job, self.rank, store_of_the_job())
             if self.leads and self.worker.products is not None:
                 self._say(str(self.worker.products))
@@ -79,6 +86,7 @@ class Trainer:
             if drill is not None:
                 self._expect_faults(drill)
             self._resume()
+            self._know_history()
             keep, asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
             self.saver = Saver(self.folder.checkpoints, self.worker, keep, asynchronous)
             self.worker.end.readers.append(self.saver.copied)
@@ -116,6 +124,14 @@ class Trainer:
         if self.leads:
             self._say(f"a drill: the faults of {plan.file} happen to this run")
 
+    def _know_history(self) -> None:
+        """What decides about the next steps, of those before: rank 0 reads it, and tells the others."""
+        found = together(lambda: read_found(self.folder.skipped_file) if self.leads else [], (ConfigError,))
+        box: list[Any] = [found, usual_losses(self.folder.metrics_file, self.progress.step) if self.leads else []]
+        dist.broadcast_object_list(box)
+        self.skipped = SkippedBatches(self.config.data.skip_batches, box[0])
+        self.spikes = SpikeRule(self.config.recovery.spike_factor, box[1])
+
     def _open_memory(self) -> Replica | None:
         """What outlives this rank in memory. Raises ConfigError on every rank when it cannot be had."""
         every, memory = self.config.recovery.replicate_every, self.arguments.memory
@@ -140,14 +156,15 @@ class Trainer:
             self.folder.events.write("replica", every=every, bytes=replica.held_bytes, keeper=replica.keeper)
         return replica
 
-    def _resume(self) -> None:
-        """Go on from memory, or from the newest checkpoint that is whole, whichever is further, if there is any.
+    def _resume(self, from_memory: bool = True) -> bool:
+        """Go on from memory, or from the newest whole checkpoint, whichever is further -> whether there was any.
 
         Raises CheckpointError on every rank when there are checkpoints and none of them is whole, nor is memory.
         """
         box = [checkpoint.published(self.folder.checkpoints) if self.leads else []]
         dist.broadcast_object_list(box)
-        choice = self.replica.newest() if self.replica is not None else None
+        choice = self.replica.newest() if self.replica is not None and from_memory else None
+        resumed = False
         lacking: CheckpointError | None = None
         for path in reversed(box[0]):
             if choice is not None and choice.step >= checkpoint.step_of(path):
@@ -162,16 +179,17 @@ class Trainer:
                     self.folder.events.write("skipped a checkpoint", checkpoint=str(path), reason=str(error))
                 continue
             self._note_resume(str(path), source="checkpoint", checkpoint=str(path))
-            choice, lacking = None, None
+            choice, lacking, resumed = None, None, True
             break
         if self.replica is not None and choice is not None:
-            self.progress, lacking = self.replica.restore(choice), None
+            self.progress, lacking, resumed = self.replica.restore(choice), None, True
             lost = [owner for owner, holder in sorted(choice.holders.items()) if owner != holder]
             self._note_resume("memory", source="memory", from_peers=lost)
         if self.replica is not None:
             self.replica.forget_after(self.progress.step)
         if lacking is not None:
             raise CheckpointError(f"{lacking}; no other is whole, so run.dir={self.folder.path} cannot go on")
+        return resumed
 
     def _note_resume(self, origin: str, **details: Any) -> None:
         if not self.leads:
@@ -191,6 +209,12 @@ class Trainer:
             while self.progress.step < train.steps and not stopped:
                 entry, stopped = self._step()
                 step = self.progress.step
+                if entry is None:
+                    saved = min(saved, step)
+                    if log is not None:  # of a run that went back, perhaps
+                        log.close()
+                        log = MetricsLog(self.folder.metrics_file, step)
+                    continue
                 if self.replica is not None and step < train.steps and not stopped:
                     self.replica.begin(self.progress)
                 validation = None
@@ -223,7 +247,12 @@ class Trainer:
         return (self.stop.signal or signal.SIGINT) if stopped else 0
 
     def _note_recovery(self) -> None:
-        """After the first step since the launcher started all ranks again: from what, and how long it took."""
+        """After the first step since the launcher started all ranks again, or the run went back: from what, and how
+        long it took."""
+        if self.returned is not None:
+            why, noticed = self.returned
+            self.returned, seconds = None, round(time.monotonic() - noticed, 3)
+            self.folder.events.write("recovery", cause=why, step=self.progress.step, seconds=seconds)
         failure, self.arguments.recovering = self.arguments.recovering, None
         if failure is not None:
             self.folder.events.write(
@@ -234,15 +263,17 @@ class Trainer:
                 seconds=round(time.monotonic() - failure.noticed, 3),
             )
 
-    def _step(self) -> tuple[dict[str, Any], bool]:
-        """One optimizer step: what ``metrics.jsonl`` says about it, and whether any rank was asked to stop."""
+    def _step(self) -> tuple[dict[str, Any] | None, bool]:
+        """One optimizer step: what ``metrics.jsonl`` says about it, None if it was not taken, and whether any rank was
+        asked to stop."""
         worker, values = self.worker, self.values.at(self.progress.step)
         sequences = values.global_batch_size
+        position = self.skipped.next_batch(self.progress.sequences, sequences)
         began = time.perf_counter()
         tokens = None
         if worker.needs_data:
             first, count = worker.rows(sequences)
-            tokens = self._read(self.progress.sequences + first, count)
+            tokens = self._read(position + first, count)
         record = self.recorder is not None
         worker.activity.step = self.progress.step + 1
         result = worker.train_step(
@@ -253,18 +284,19 @@ class Trainer:
             sequences=sequences,
             bias_update_speed=values.bias_update_speed,
             mtp_loss_weight=values.mtp_loss_weight,
+            loss_limit=self.spikes.limit,
+            compare=self._is_compared(self.progress.step + 1),
         )
         seconds = time.perf_counter() - began
-        if not result.finite:
-            raise Diverged(
-                f"loss {result.loss:.4f} and gradient norm {result.grad_norm:.4f} of step {self.progress.step + 1} "
-                "must be finite: the step was not taken; go on from the last checkpoint with another "
-                "optimizer.learning_rate"
-            )
-        self.progress = Progress(self.progress.step + 1, self.progress.sequences + sequences)
+        if result.refusal is not None:
+            self._refuse(result.refusal, result, position)
+            return None, result.stop
+        self.bad_steps = 0
+        self.spikes.add(result.cross_entropy)
+        self.progress = Progress(self.progress.step + 1, position + sequences)
         if self.recorder is not None:
             self.recorder.add(self.progress.step, result.spans, worker.program_of(sequences))
-        entry = _entry(self.progress, result, values, self.config.train.sequence_length, seconds)
+        entry = step_entry(self.progress, result, values, position, self.config.train.sequence_length, seconds)
         if len(self.data.corpora) > 1:
             entry["source_tokens"] = self.data.source_tokens(self.progress.sequences)
         return entry, result.stop
@@ -276,6 +308,57 @@ class Trainer:
             return torch.from_numpy(self.data.visits(first, count))
         except DataError as error:
             raise UnusableSequence(str(error)) from None
+
+    def _is_compared(self, step: int) -> bool:
+        """Whether the copies of parameters are compared in a step: a checkpoint after it must be a good one."""
+        every, saves = self.config.recovery.hash_every, self.config.checkpoint.every
+        last = step == self.config.train.steps
+        return every > 0 and (step % every == 0 or last or (saves > 0 and step % saves == 0))
+
+    def _refuse(self, refusal: Refusal, result: StepResult, position: int) -> None:
+        """Go on after a step that was not taken: without its batch, or from the newest checkpoint. Raises Diverged."""
+        most, step = self.config.recovery.max_bad_steps, self.progress.step + 1
+        self.bad_steps += 1
+        numbers = f"loss {result.loss:.4f}, gradient norm {result.grad_norm:.4f}"
+        if self.leads:
+            self.folder.events.write(
+                "bad step",
+                step=step,
+                why=refusal.why,
+                ranks=[flip.rank for flip in refusal.flips],
+                first_sequence=position,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+            )
+        if not most:
+            raise Diverged(
+                f"step {step} was not taken: {refusal.why} ({numbers}); go on from the last checkpoint"
+                + ("" if refusal.flips else " with another optimizer.learning_rate, or set recovery.max_bad_steps")
+            )
+        if self.leads:
+            print(f"step {step} was not taken: {refusal.why} ({numbers})", file=sys.stderr, flush=True)
+        if not refusal.flips:  # the data are not to blame for those
+            self.skipped.add(position)
+            if self.leads:
+                write_found(self.folder.skipped_file, self.skipped)
+        if refusal.flips or self.bad_steps >= most:
+            self._roll_back(refusal)
+
+    def _roll_back(self, refusal: Refusal) -> None:
+        """Go on from the newest checkpoint that is whole; memory may have what is bad. Raises Diverged when there is
+        none, or when going back does not help."""
+        self.returned = refusal.why, time.monotonic()
+        self._settle(wait=True)
+        left, self.bad_steps = self.progress.step, 0
+        self.rollbacks = self.rollbacks + 1 if left <= self.farthest else 1
+        self.farthest = max(self.farthest, left)
+        if self.rollbacks > ROLLBACKS:
+            raise Diverged(f"step {left + 1} was not taken: {refusal.why}, after {ROLLBACKS} returns to a checkpoint")
+        if not self._resume(from_memory=False):
+            raise Diverged(f"step {left + 1} was not taken: {refusal.why}, and there is no checkpoint to return to")
+        self._know_history()
+        if self.leads:
+            self.folder.events.write("rollback", step=left, to=self.progress.step, why=refusal.why)
 
     def _validate(self) -> float | None:
         """Bits per byte over the validation sequences; None when there are none to score."""
@@ -321,7 +404,7 @@ class Trainer:
         log.close()
         self.folder.events.write("stop" if stopped else "end", step=self.progress.step)
         if self.arguments.json:
-            print(json.dumps(_summary(entries, validation, self.folder.path, stopped)), flush=True)
+            print(json.dumps(summary(entries, validation, self.folder.path, stopped)), flush=True)
         elif stopped:
             self._say(
                 f"stopped after step {self.progress.step}, with a checkpoint of it; to go on, give the same command"
@@ -338,86 +421,3 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         print(text, file=sys.stderr if self.arguments.json else sys.stdout, flush=True)
-
-
-def _job(config: Config, device: torch.device, here: Place, document_end: int) -> Job:
-    """Raises ConfigError when dispatch cannot go by the nodes that there are."""
-    train, layout = config.train, config.layout
-    if not layout.ranks_per_node:
-        layout = replace(layout, ranks_per_node=here.local_world_size)
-    try:
-        if config.dispatch.kind == "hierarchical":
-            layout.check_nodes()
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    return Job(
-        model=config.model,
-        layout=layout,
-        schedule=config.schedule.name,
-        dtype=torch.float32 if config.precision.compute == "fp32" else torch.bfloat16,
-        device=device,
-        seed=train.seed,
-        sequence_length=train.sequence_length,
-        global_batch_size=train.global_batch_size,
-        micro_batch_size=train.micro_batch_size,
-        optimizer=config.optimizer,
-        dispatch=config.dispatch.kind,
-        fp8=config.precision.backend if config.precision.compute == "fp8" else None,
-        fp8_payload=config.fp8_payload,
-        chunks=config.schedule.chunks,
-        program=config.program(),
-        timeout_seconds=train.timeout_seconds,
-        document_start=document_end if config.data.document_boundaries == "attention" else None,
-    )
-
-
-def _entry(
-    progress: Progress, result: StepResult, values: StepValues, sequence_length: int, seconds: float
-) -> dict[str, Any]:
-    """A line of ``metrics.jsonl``. ``tokens``: of this step; ``tokens_total``: of all so far. Dispatch: bytes of all
-    ranks; seconds of the mean rank in which its computation waited for them (exposed), and in which they were under way
-    beside it (hidden). Loads are by layer, the busiest expert over the mean; memory is rank 0's peak."""
-    unit_bytes = 1 if sys.platform == "darwin" else 1024
-    tokens = values.global_batch_size * sequence_length
-    memory = {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes}
-    if torch.cuda.is_initialized():
-        memory["device_bytes"] = torch.cuda.max_memory_allocated()
-    return {
-        "step": progress.step,
-        "loss": result.loss,
-        "cross_entropy": result.cross_entropy,
-        "balance_loss": result.balance_loss,
-        **({} if result.mtp_loss is None else {"mtp_loss": result.mtp_loss, "mtp_loss_weight": values.mtp_loss_weight}),
-        "grad_norm": result.grad_norm,
-        "lr": values.learning_rate,
-        "bias_update_speed": values.bias_update_speed,
-        "sequences": values.global_batch_size,
-        "tokens": tokens,
-        "tokens_total": progress.sequences * sequence_length,
-        "step_seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        "dispatch": {
-            "inside_node_bytes": result.traffic.inside_bytes,
-            "between_nodes_bytes": result.traffic.between_bytes,
-            "exposed_seconds": result.times.exposed_s,
-            "hidden_seconds": result.times.hidden_s,
-        },
-        "expert_load": {str(layer): load for layer, load in result.expert_load.items()},
-        "peak_activations": result.peak_activations,
-        "memory": memory,
-    }
-
-
-def _summary(entries: list[dict[str, Any]], validation: float | None, run: Path, stopped: bool) -> dict[str, Any]:
-    """The end of a run as one object, for ``--json``."""
-    return {
-        "run_dir": str(run),
-        "steps": entries[-1]["step"] if entries else 0,
-        "stopped": stopped,
-        "loss_first": entries[0].get("loss") if entries else None,
-        "loss_last": entries[-1].get("loss") if entries else None,
-        "mtp_loss_last": entries[-1].get("mtp_loss") if entries else None,
-        "validation_bits_per_byte": validation,
-        "step_seconds": median(entries, "step_seconds"),
-        "tokens_per_second": median(entries, "tokens_per_second"),
-    }

@@ -142,6 +142,7 @@ def adopt(worker: Worker, progress: Progress, rng: Tensor) -> None:
     torch.set_rng_state(rng)
     worker.optimizer.steps = progress.step
     for bucket in worker.optimizer.buckets:
+        bucket.gathered()  # of a step before
         bucket.publish()
         bucket.gather()
         bucket.gathered()

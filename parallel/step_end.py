@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel import flips
 from parallel.activity import Activity
 from parallel.bucket import ALIGNMENT, Bucket
 from parallel.comm_stream import CommStream, Times
 from parallel.ema import Average
+from parallel.flips import Flip
 from parallel.hop import Traffic
 from parallel.optimizer import clip_scale
 from parallel.stage import ModelStage
@@ -36,10 +38,19 @@ class HeldStage:
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """Why a step was not taken, on all ranks alike. ``flips``: the bits that changed by themselves, if that is why."""
+
+    why: str
+    flips: tuple[Flip, ...] = ()
+
+
+@dataclass(frozen=True)
 class StepSums:
     """What all ranks know after STEP. ``cross_entropy``, ``balance`` and ``mtp`` are sums over the step, as in
     ``model.transformer.Loss``; ``expert_load``: the busiest expert's load over the mean, by MoE layer; ``traffic``:
-    bytes of all ranks; ``times``: the mean rank's; ``stop``: some rank asked to stop.
+    bytes of all ranks; ``times``: the mean rank's; ``stop``: some rank asked to stop; ``flips``: how many were
+    found, each by all that compared it.
     """
 
     cross_entropy: float
@@ -50,6 +61,7 @@ class StepSums:
     traffic: Traffic
     times: Times
     stop: bool
+    flips: int
 
 
 class ShardOptimizer(Protocol):
@@ -66,16 +78,18 @@ class ShardOptimizer(Protocol):
 
 
 class StepEnd:
-    """Runs the end of a step. ``begin`` before each program; ``sums`` after it. ``layers``: of the model, with those of
+    """Runs the end of a step. ``begin`` before each program; ``sums`` after it, and ``refusal``, None when the step was
+    taken: otherwise masters, moments, biases and average are what they were. ``layers``: of the model, with those of
     multi-token prediction; ``readers``: called before the masters change, each returns when it has read what it still
-    needs of them; ``ends``: the bucket that first and last stage share, if there is one;
-    ``average``: of the masters, if one is kept: it takes in every step.
+    needs of them; ``ends``: the bucket that first and last stage share, if there is one; ``average``: of the masters,
+    if one is kept: it takes in every step.
 
     That bucket's gradients are whole once all of the rank's stages are, so it is reduced after the last of them, and
     gathered so: it is behind everything else on every rank that has it, and no two wait for each other crosswise.
     """
 
     sums: StepSums
+    refusal: Refusal | None
 
     def __init__(
         self,
@@ -94,7 +108,16 @@ class StepEnd:
         self.average: Average | None = None
         self.activity = Activity() if activity is None else activity
 
-    def begin(self, learning_rate: float, bias_update_speed: float, stop: bool) -> None:
+    def begin(
+        self,
+        learning_rate: float,
+        bias_update_speed: float,
+        stop: bool,
+        cross_entropy_limit: float = math.inf,
+        compare: bool = False,
+    ) -> None:
+        """``cross_entropy_limit``: of the step's sum, above which it is not taken; ``compare``: look for flips."""
+        self._cross_entropy_limit, self._compare = cross_entropy_limit, compare
         self._learning_rate, self._bias_update_speed, self._stop = learning_rate, bias_update_speed, stop
         self.traffic.clear()
         self.stream.clear()
@@ -126,14 +149,27 @@ class StepEnd:
                     held.reducing.wait()
         for finish_reading in self.readers:
             finish_reading()
+        found = flips.find(self.optimizer.buckets) if self._compare else []
         with self.activity.waiting("sums of the step", self.activity.ranks):
-            self.sums = self._sums()
-        # A gradient that is not finite would spoil every master: leave them be, and let the caller see the norm.
-        if math.isfinite(self.sums.grad_norm):
+            self.sums = self._sums(len(found))
+        self.refusal = self._refusal(found)
+        if self.refusal is None:
             self.optimizer.update(self._learning_rate, clip_scale(self.sums.grad_norm, self.clip_norm))
             self._update_biases()
             if self.average is not None:
                 self.average.start()
+
+    def _refusal(self, found: Sequence[Flip]) -> Refusal | None:
+        """``found``: this rank's flips. All decide alike, from the sums."""
+        sums = self.sums
+        if sums.flips:
+            everywhere = flips.everybodys(found)
+            return Refusal(f"bits changed by themselves: {', '.join(map(str, everywhere))}", tuple(everywhere))
+        if not all(map(math.isfinite, (sums.grad_norm, sums.cross_entropy, sums.balance, sums.mtp))):
+            return Refusal("loss or gradient is not finite")
+        if sums.cross_entropy > self._cross_entropy_limit:
+            return Refusal("the loss is a spike")
+        return None
 
     def gather(self, stage: int) -> None:
         """Start making the stage's parameters whole: that hides behind the first forwards of the other stages."""
@@ -159,11 +195,11 @@ class StepEnd:
                 if block.router is not None:
                     block.router.update_bias(loads[layer], self._bias_update_speed)
 
-    def _sums(self) -> StepSums:
+    def _sums(self, flips: int) -> StepSums:
         """One all-reduce for everything that the ranks must agree on. In FP64: with some thousand ranks the order of
         an FP32 sum would show in the reported loss."""
         stages = [held.stage for held in self.held.values()]
-        vector = torch.zeros(9 + self.layers, dtype=torch.float64, device=stages[0].device)
+        vector = torch.zeros(10 + self.layers, dtype=torch.float64, device=stages[0].device)
         for bucket in self.optimizer.buckets:
             vector[0] += squared_norm(bucket.gradient)
         for held in self.held.values():
@@ -172,18 +208,20 @@ class StepEnd:
             vector[3] += held.stage.mtp
             if held.counts:
                 for layer, load_E in held.loads().items():
-                    vector[9 + layer] = load_E.max() / load_E.double().mean()
+                    vector[10 + layer] = load_E.max() / load_E.double().mean()
         own, times = self.traffic, self.stream.times()
         vector[4:7] = vector.new_tensor([self._stop, own.inside_bytes, own.between_bytes])
-        vector[7:9] = vector.new_tensor([times.communication_s, times.exposed_s])
+        vector[7:10] = vector.new_tensor([times.communication_s, times.exposed_s, flips])
         ranks = 1
         if dist.is_initialized():
             dist.all_reduce(vector)
             ranks = dist.get_world_size()
-        squares, cross_entropy, balance, mtp, stop, inside, between, flying_s, exposed_s, *loads = vector.tolist()
+        squares, cross_entropy, balance, mtp, stop, inside, between, flying_s, exposed_s, flipped, *loads = (
+            vector.tolist()
+        )
         by_layer = {layer: load for layer, load in enumerate(loads) if load > 0}
         traffic, times = Traffic(int(inside), int(between)), Times(flying_s / ranks, exposed_s / ranks)
-        return StepSums(cross_entropy, balance, mtp, squares**0.5, by_layer, traffic, times, stop > 0)
+        return StepSums(cross_entropy, balance, mtp, squares**0.5, by_layer, traffic, times, stop > 0, int(flipped))
 
 
 def squared_norm(gradient: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from parallel.optimizer import AdamW
 from parallel.optimizer_config import OptimizerConfig
 from parallel.partition import partition
 from parallel.stage import ModelStage, StepScale
-from parallel.step_end import HeldStage, ShardOptimizer, StepEnd
+from parallel.step_end import HeldStage, Refusal, ShardOptimizer, StepEnd
 from parallel.transport import PipelineTransport, channel_groups, channels
 
 CHUNK_BYTES, MOST_CHUNKS = 4 << 20, 4
@@ -82,7 +82,8 @@ class StepResult:
     loss; ``mtp_loss``, which is no part of it, the same mean of the multi-token-prediction module's cross-entropy, None
     without one; ``expert_load``: busiest over mean, by MoE layer; ``traffic`` and ``times``: of all dispatches and
     combines, bytes summed over the ranks, seconds of the mean rank; ``peak_activations`` are this rank's own, and so
-    are ``spans``, what it executed and when, if that was recorded."""
+    are ``spans``, what it executed and when, if that was recorded. ``refusal``: why the step was not taken, None
+    when it was."""
 
     loss: float
     cross_entropy: float
@@ -95,11 +96,7 @@ class StepResult:
     stop: bool
     peak_activations: int
     spans: Sequence[Span]
-
-    @property
-    def finite(self) -> bool:
-        """Whether the step was taken: without a finite gradient norm nothing was updated."""
-        return math.isfinite(self.grad_norm) and math.isfinite(self.loss)
+    refusal: Refusal | None
 
 
 class Worker:
@@ -171,17 +168,20 @@ class Worker:
         sequences: int | None = None,
         bias_update_speed: float | None = None,
         mtp_loss_weight: float | None = None,
+        loss_limit: float = math.inf,
+        compare: bool = False,
     ) -> StepResult:
         """``tokens``: this replica's rows of the global batch, [rows, S+1] int64, or None where ``needs_data`` is
         false. ``stop``: ask all ranks to stop after this step. ``record``: keep what this rank executes, and when.
         ``sequences`` of the global batch: the job's, unless given; ``bias_update_speed`` and ``mtp_loss_weight``: the
-        model's."""
+        model's. ``loss_limit``: the cross-entropy above which the step is not taken; ``compare`` copies of parameters
+        first."""
         job = self.job
         sequences = job.global_batch_size if sequences is None else sequences
         speed = job.model.bias_update_speed if bias_update_speed is None else bias_update_speed
         scale = StepScale(sequences * job.sequence_length, sequences, mtp_loss_weight)
         self._begin(tokens, scale, training=True)
-        self.end.begin(learning_rate, speed, stop)
+        self.end.begin(learning_rate, speed, stop, loss_limit * scale.tokens, compare)
         report = self._run(self.program_of(sequences), self.end, record)
         sums = self.end.sums
         cross_entropy = sums.cross_entropy / scale.tokens
@@ -198,6 +198,7 @@ class Worker:
             sums.stop,
             report.peak_activations,
             report.spans,
+            self.end.refusal,
         )
 
     def program_of(self, sequences: int) -> Program:

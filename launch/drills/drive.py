@@ -19,7 +19,8 @@ from types import TracebackType
 
 import psutil
 
-from launch.config import Config, dump
+from launch.bad_steps import SkippedBatches
+from launch.config import Config, RecoveryConfig, dump
 from launch.drills import damage as damages
 from launch.drills.damage import Damage
 from launch.drills.fault import PLAN, Plan
@@ -66,24 +67,39 @@ def drilled(config: Config, run: Path, scenario: Scenario | None = None, control
     """The configuration that is drilled: the user's, with few steps, many checkpoints and no validation; with what a
     scenario needs, or, as a control, without what protects it."""
     restarts, every, asynchronous, replicated = 0, EVERY, False, False
+    guard = RecoveryConfig()
     if scenario is not None:
+        if scenario.guard is not None and not control:
+            guard = scenario.guard
         asynchronous = scenario.asynchronous
         if scenario.replicated:  # its control is restarted too, and finds nothing in memory
             every, replicated = 0, not control
         if scenario.again is Again.LAUNCHER and (scenario.replicated or not control):
             restarts = len(scenario.faults)
+    watch = {key: getattr(guard, key) for key in ("max_bad_steps", "spike_factor", "hash_every")}
     return replace(
         config,
         train=replace(config.train, steps=STEPS, validate_every=0),
         data=replace(config.data, validation_sequences=0),
         checkpoint=replace(config.checkpoint, every=every, keep=STEPS // EVERY, asynchronous=asynchronous),
-        recovery=replace(config.recovery, max_restarts=restarts, replicate_every=int(replicated)),
+        recovery=replace(config.recovery, max_restarts=restarts, replicate_every=int(replicated), **watch),
         run=replace(config.run, dir=str(run), trace=False),
     )
 
 
-def undisturbed(config: Config, folder: Path) -> Evidence:
-    """The run that all others are compared with."""
+def batch_of(config: Config, step: int) -> int:
+    """Where the batch of a step, counted from 1, begins in the data; in sequences."""
+    values, skipped, start, end = config.values(), SkippedBatches(config.data.skip_batches), 0, 0
+    for before in range(step):
+        size = values.at(before).global_batch_size
+        start = skipped.next_batch(end, size)
+        end = start + size
+    return start
+
+
+def undisturbed(config: Config, folder: Path, without: Sequence[int] = ()) -> Evidence:
+    """The run that others are compared with; ``without`` these batches, by where they begin."""
+    config = replace(config, data=replace(config.data, skip_batches=(*config.data.skip_batches, *without)))
     with Drive(drilled(config, folder / "run"), Plan(folder / PLAN_FILE)) as drive:
         attempt = drive.start()
         return Evidence(drive.run, [attempt], [], None, drive.leftovers())

@@ -5,6 +5,7 @@ points, and Python's audit events, which tell of every file that is opened or re
 """
 
 import ctypes
+import math
 import os
 import re
 import resource
@@ -16,6 +17,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from launch.config import Config
 from launch.drills.fault import Action, Fault, Plan, Point
 from parallel import checkpoint
@@ -23,6 +26,7 @@ from parallel.replica import Replica
 from parallel.worker import Worker
 
 FULL_DISK_BYTES = 64
+SPIKE_NATS = 1e5
 _PARTIAL = re.compile(r"\.step-(\d+)\.partial")
 _COMPUTING = {
     Point.FORWARD: ("forward", "overlapped"),
@@ -46,7 +50,7 @@ def arm(
         checkpoint.damage = lambda path: None
     for fault in plan.faults:
         if fault.happens_to(rank, config.layout.world_size):
-            _arm(fault, _once(plan.mark(fault), fault, replica), rank, worker, current_step)
+            _arm(fault, _once(plan.mark(fault), fault, replica, worker), rank, worker, current_step)
 
 
 def _arm(fault: Fault, strike: Callable[[], None], rank: int, worker: Worker, current_step: Callable[[], int]) -> None:
@@ -58,6 +62,8 @@ def _arm(fault: Fault, strike: Callable[[], None], rank: int, worker: Worker, cu
         case Point.FORWARD | Point.BACKWARD:
             for held in worker.held.values():
                 _wrap(held.stage, _COMPUTING[fault.point], before=reach)
+        case Point.REDUCE:
+            _wrap(worker.end, ("reduce",), before=reach)
         case Point.OPTIMIZER:
             _wrap(worker.optimizer, ("update",), after=reach)
         case Point.SHARD:
@@ -103,7 +109,7 @@ def _on_file(event: str, name: re.Pattern[str], step: int, strike: Callable[[], 
     sys.addaudithook(hook)
 
 
-def _once(happened: Path, fault: Fault, replica: Replica | None) -> Callable[[], None]:
+def _once(happened: Path, fault: Fault, replica: Replica | None, worker: Worker) -> Callable[[], None]:
     """Strike the first time only, over all starts of the run, and leave the time of it in a file."""
 
     def strike() -> None:
@@ -115,12 +121,12 @@ def _once(happened: Path, fault: Fault, replica: Replica | None) -> Callable[[],
         os.close(handle)
         if fault.action is Action.LOSE_MEMORY and replica is not None:
             replica.forget()
-        _act(fault.action)
+        _act(fault.action, worker)
 
     return strike
 
 
-def _act(action: Action) -> None:
+def _act(action: Action, worker: Worker) -> None:
     match action:
         case Action.KILL | Action.LOSE_MEMORY:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -132,6 +138,16 @@ def _act(action: Action) -> None:
             os.abort()
         case Action.RAISE:
             raise InjectedError("raised by a drill")
+        case Action.NAN:
+            worker.optimizer.buckets[0].gradients[0] = math.nan
+        case Action.SPIKE:
+            for held in worker.held.values():
+                held.stage.cross_entropy += SPIKE_NATS
+            for bucket in worker.optimizer.buckets:
+                bucket.gradients.mul_(-SPIKE_NATS)
+        case Action.FLIP:
+            words = worker.optimizer.buckets[0].master.view(torch.int32)
+            words[worker.optimizer.buckets[0].master.abs().argmax()] ^= 1 << 23  # the lowest of the exponent
         case Action.FULL_DISK:
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_DISK_BYTES, hard))

@@ -5,6 +5,7 @@ import enum
 import signal
 from dataclasses import dataclass
 
+from launch.config import RecoveryConfig
 from launch.drills.damage import Damage
 from launch.drills.fault import SAVING, Action, Fault, Point
 
@@ -16,6 +17,7 @@ _FAULT_STEP = 6
 class Again(enum.Enum):
     """Who starts the ranks again."""
 
+    NOBODY = "nobody: the run goes on"
     LAUNCHER = "the launcher"
     USER = "the user"
 
@@ -38,6 +40,10 @@ class Scenario:
     """Whether checkpoints are written behind the loop. Otherwise it is known which steps a checkpoint has."""
     replicated: bool = False
     """Whether memory keeps every step, and no checkpoint is written before the end."""
+    guard: RecoveryConfig | None = None
+    """What watches the numbers."""
+    skips: bool = False
+    """Whether the batch of the step is left out in the end, as in a run in which that was planned."""
 
 
 def _rank_dies(name: str, action: Action, point: Point, broken: str, rank: int = -1) -> Scenario:
@@ -54,6 +60,11 @@ def _damaged(name: str, damage: Damage) -> Scenario:
     killed = Fault(Action.KILL, -1, _FAULT_STEP, Point.FORWARD)
     # Step 5, and those since the checkpoint before.
     return Scenario(name, f"newest checkpoint: {damage.value}", 1 + EVERY, (killed,), damage=damage, status=1)
+
+
+def _goes_bad(name: str, action: Action, point: Point, broken: str, guard: RecoveryConfig, skips: bool) -> Scenario:
+    fault = Fault(action, -1, _FAULT_STEP, point)
+    return Scenario(name, broken, EVERY - 1, (fault,), again=Again.NOBODY, guard=guard, skips=skips)
 
 
 _ALL = (
@@ -90,6 +101,25 @@ _ALL = (
     _damaged("truncation", Damage.TRUNCATION),
     _damaged("missing-shard", Damage.MISSING_SHARD),
     _damaged("stale-shard", Damage.STALE_SHARD),
+    _goes_bad(
+        "nan", Action.NAN, Point.REDUCE, "a gradient of the last rank is NaN", RecoveryConfig(max_bad_steps=1), True
+    ),
+    _goes_bad(
+        "spike",
+        Action.SPIKE,
+        Point.REDUCE,
+        "loss and gradients of the last rank are wild",
+        RecoveryConfig(max_bad_steps=1, spike_factor=10.0),
+        True,
+    ),
+    _goes_bad(
+        "flipped-master",
+        Action.FLIP,
+        Point.FORWARD,
+        "one bit of a master weight of the last rank flipped",
+        RecoveryConfig(max_bad_steps=1, hash_every=1),
+        False,
+    ),
     Scenario(
         "disk-full",
         "no room for the last rank's shard",

@@ -110,13 +110,18 @@ def _time(verdict: Verdict, scenario: Scenario, evidence: Evidence) -> None:
     struck = min((when for when in evidence.struck if when is not None), default=None)
     first, again = evidence.attempts[0], evidence.attempts[1] if len(evidence.attempts) > 1 else None
     events = evidence.folder.events.entries()
+    rolled = next((e for e in events if e.get("event") == "rollback"), None)
     resumed = next((e["step"] for e in events if e.get("event") == "resume"), None)
-    noticed = {name: _when(events, name) for name in ("failure", "recovery", "skipped a checkpoint")}
+    noticed = {name: _when(events, name) for name in ("failure", "recovery", "skipped a checkpoint", "bad step")}
     if struck is not None:
         seen = noticed["failure"] if scenario.status in (0, 1) else first.ended
+        if scenario.again is Again.NOBODY:
+            seen = noticed["bad step"]
         verdict.detected_s = None if seen is None else _seconds(seen - struck)
     if again is None:
         done = next((e["step"] for e in events if e.get("event") == "failure"), None)
+        if rolled is not None:
+            done = rolled["step"]
         if struck is not None and noticed["recovery"] is not None:
             verdict.recovered_s = _seconds(noticed["recovery"] - struck)
     else:
@@ -140,6 +145,10 @@ def _culprit(scenario: Scenario, evidence: Evidence) -> str | None:
     failures = [e for e in events if e.get("event") == "failure"]
     for fault in scenario.faults:
         word = fault.action.shows_as
+        for bad in events if scenario.again is Again.NOBODY else ():
+            owner = scenario.skips or any(fault.happens_to(rank, ranks) for rank in bad.get("ranks", []))
+            if bad.get("event") == "bad step" and bad["step"] == fault.step and word in bad["why"] and owner:
+                return f"{bad['why']} (step {fault.step})"
         if fault.action is Action.FULL_DISK and word in evidence.attempts[0].output:
             return f"checkpoint cannot be written: {word}"
         for failure in failures:

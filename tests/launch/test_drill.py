@@ -91,6 +91,26 @@ def test_without_the_checksums_a_flipped_bit_fails_the_drill(
     assert "\n    the state after the last step differs\n" in out
 
 
+def test_numbers_gone_bad_do_not_show_in_the_end(two_ranks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """NaN: as if its batch had been planned to be left out. A flipped master: as if nothing had been."""
+    status = drill.main(["nan", "flipped-master", "--config", str(two_ranks), "--json"])
+    out, error = capsys.readouterr()
+    assert status == 0, out + error
+    nan, flipped = json.loads(out)
+    assert nan["culprit"] == "loss or gradient is not finite (step 6)"
+    assert flipped["culprit"] == "bits changed by themselves: master weights of rank 1 (step 6)"
+    for found in (nan, flipped):
+        assert found["bitwise_equal"] and found["lost_steps"] == 1 and found["leftovers"] == []
+
+
+def test_without_the_watch_a_spike_fails_the_drill(two_ranks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = drill.main(["spike", "--control", "--config", str(two_ranks)])
+    out, error = capsys.readouterr()
+    assert status == 1, out + error
+    assert re.search(r"\nspike .* differs .* FAILED\n", out)
+    assert "\n    the culprit was not named\n" in out
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -55,7 +55,7 @@ def test_a_divergence_is_not_tried_again(config: Path, tmp_path: Path) -> None:
     result = train(config, *ONE_RANK, *diverging)
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
-    assert "must be finite" in line
+    assert "is not finite" in line
     assert (tmp_path / "run" / "events.jsonl").read_text().count('"start"') == 1
 
 

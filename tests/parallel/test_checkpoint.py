@@ -57,13 +57,13 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("WARNING", "c10d-NullHandler-dcp_logger")
 
 
-def step(worker: Worker, number: int) -> StepResult:
+def step(worker: Worker, number: int, **options: Any) -> StepResult:
     job = worker.job
     generator = torch.Generator().manual_seed(number)
     shape = (job.global_batch_size, job.sequence_length + 1)
     tokens = torch.randint(0, job.model.vocab_size, shape, generator=generator)
     first, count = worker.rows(job.global_batch_size)
-    return worker.train_step(tokens[first : first + count], job.optimizer.learning_rate)
+    return worker.train_step(tokens[first : first + count], job.optimizer.learning_rate, **options)
 
 
 def figures(worker: Worker) -> list[Any]:
