@@ -46,9 +46,12 @@ class Recorder:
         self._steps: deque[tuple[int, Times]] = deque(maxlen=STEPS)
 
     def add(self, step: int, spans: Sequence[Span], program: Program) -> None:
-        """Keep a step, in place of the oldest; a step of another program, in place of all."""
+        """Keep a step, in place of the oldest; a step of another program, in place of all; one that is taken again, in
+        place of itself and those after it."""
         if program.microbatches != self.program.microbatches:
             self._steps.clear()
+        while self._steps and self._steps[-1][0] >= step:
+            self._steps.pop()
         self.program = program
         self._steps.append((step, [(span.start, span.end) for span in spans]))
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -76,6 +77,10 @@ def test_only_the_last_steps_are_kept() -> None:
     for step in range(1, 8):
         recorder.add(step, [], PROGRAM)
     assert [step for step, _ in recorder._steps] == list(range(8 - STEPS, 8))
+    recorder.add(6, [], PROGRAM)  # of a run that went back to step 5
+    assert [step for step, _ in recorder._steps] == list(range(8 - STEPS, 7))
+    recorder.add(7, [], replace(PROGRAM, microbatches=PROGRAM.microbatches + 2))
+    assert [step for step, _ in recorder._steps] == [7]
 
 
 def ahead_of(rank: int) -> float:
