@@ -204,7 +204,7 @@ def print_summary(
         rows.append(("loss", f"{first} at step {_step(entries[0])}, {last} at step {steps}"))
         if "mtp_loss" in entries[-1]:
             first, last = (_number(entries[at].get("mtp_loss"), ".4f") for at in (0, -1))
-            rows.append(("token after next", f"{first} at step {_step(entries[0])}, {last} at step {steps}"))
+            rows.append(("mtp loss", f"{first} at step {_step(entries[0])}, {last} at step {steps}"))
     if validation_bits_per_byte is not None:
         rows.append(("validation loss", f"{validation_bits_per_byte:.4f} bits per byte"))
     for key, label, form, unit in (

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import resource
 from pathlib import Path
 
@@ -179,6 +180,12 @@ def test_the_summary_tells_what_came_of_it_and_what_to_run_next() -> None:
     assert "2.000 s (median)" in text and "2,048 tokens/s" in text
     command = "bin/dualpipe train configs/x.yaml layout.data=2 'run.dir=runs/a b' train.steps=10"
     assert command in text.splitlines()[-1]
+
+
+def test_the_summary_has_the_loss_of_multi_token_prediction_where_there_is_one() -> None:
+    lines = [{**entry, "mtp_loss": 2 * entry["loss"]} for entry in entries(3.0, 2.0)]
+    assert re.search(r"mtp loss +6\.0000 at step 1, 4\.0000 at step 2\n", summary(lines))
+    assert "mtp loss" not in summary(entries(3.0, 2.0))
 
 
 def test_the_summary_of_a_run_without_numbers_still_says_where_it_is() -> None:
