@@ -11,9 +11,19 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_namespace_packages(
-        include=["dualpipe", "dualpipe.*", "parallel", "parallel.*", "model", "model.*", "launch", "launch.*"]
+        include=[
+            "dualpipe",
+            "dualpipe.*",
+            "parallel",
+            "parallel.*",
+            "model",
+            "model.*",
+            "launch",
+            "launch.*",
+            "configs.*",
+        ]
     ),
-    package_data={"dualpipe.draw": ["page.html"]},
+    package_data={"dualpipe.draw": ["page.html"], "configs.clusters": ["*.yaml"], "configs.phases": ["*.yaml"]},
     install_requires=["torch>=2.10,<3", "numpy", "pyyaml", "rich", "psutil", "safetensors>=0.4"],
     extras_require={
         "triton": [TRITON],

@@ -1,9 +1,10 @@
 """``dualpipe plan``: what a configuration costs on a described cluster, before anybody pays for it."""
 
 import argparse
+import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -15,9 +16,10 @@ from launch.command import Parser, UsageError, reported
 from launch.config import Config, ConfigError, load
 from launch.yaml_strict import DuplicateKeyError, load_yaml
 from parallel.estimate.fit import check
-from parallel.estimate.hardware import WHAT_IF, Cluster, changed, from_mapping
+from parallel.estimate.hardware import WHAT_IF, Cluster, changed, from_mapping, numbers
 from parallel.estimate.plan import Plan, Run, make_plan
 from parallel.estimate.search import search
+from parallel.estimate.spread import spread
 from parallel.estimate.workload import PRECISIONS, Precision, Workload, recompute_of
 
 CLUSTERS = Path(__file__).parents[1] / "configs" / "clusters"
@@ -53,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise UsageError(f"--trace {args.trace} needs --calibrate FILE, the file that its rates go to")
             kinds = ((args.calibrate, _calibrate), (args.phases, _phases), (args.search, _search))
             answer = next((answer for wanted, answer in kinds if wanted), _plan)
+            if args.draws is not None and answer is not _plan:
+                raise UsageError("--draws is of one layout's step: not for --calibrate, --phases or --search")
             if (text := answer(args)) is not None:
                 print(text)
         except ConfigError:
@@ -70,7 +74,10 @@ def _plan(args: argparse.Namespace) -> str:
     check(plan)
     if args.html:
         _write(args.html, plan)
-    return json.dumps(plan.to_json()) if args.json else plan_table.report(plan)
+    drawn = None if args.draws is None else spread(plan, args.draws)
+    if args.json:
+        return json.dumps({**plan.to_json(), **({"drawn_step_seconds": asdict(drawn)} if drawn else {})})
+    return plan_table.report(plan) + (f"\n\n{plan_table.drawn(plan, drawn)}" if drawn else "")
 
 
 def _calibrate(args: argparse.Namespace) -> str | None:
@@ -171,6 +178,12 @@ def _what_if(texts: Sequence[str]) -> _WhatIf:
         if name in values:
             raise UsageError(f"--what-if {key} is given twice")
         values[name] = value
+    known = ["cluster.gpu", *_OF_THE_WORKLOAD, *WHAT_IF, *numbers()]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"; the nearest is {near[0]}" if near else f"; the keys are {', '.join(known)}"
+            raise UsageError(f"--what-if {name} is not a key of a cluster or of the workload{hint}")
     cluster = values.pop("cluster.gpu", None)
     workload = {key: _number(key, values.pop(key)) for key in _OF_THE_WORKLOAD if key in values}
     return _WhatIf(cluster, values, workload)
@@ -233,6 +246,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--what-if", action="append", default=[], metavar="KEY=VALUE,...", help="see below")
     parser.add_argument("--search", action="store_true", help="rank all layouts of these GPUs that fit in memory")
+    parser.add_argument(
+        "--draws", type=int, metavar="N", help="simulate N steps with drawn waits and loads, and give an interval"
+    )
     parser.add_argument("--phases", metavar="FILE", help="price a run of several phases, as configs/phases has them")
     parser.add_argument(
         "--calibrate", metavar="FILE", help="measure CONFIG's operations on this machine and write a cluster's file"

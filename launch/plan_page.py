@@ -78,7 +78,7 @@ def roofline_svg(plan: Plan) -> str:
         min(intensities) / 2, max(*intensities, *(p / memory for p in peaks.values())) * 2, LEFT, WIDTH - RIGHT
     )
     up = _Logarithmic(min(rates.values()) / 2, max(peaks.values()) * 2, TOP + ROOF_HEIGHT, TOP)
-    lines = [_open(TOP + ROOF_HEIGHT + 30), *_decades(across, up)]
+    lines = [_open(TOP + ROOF_HEIGHT + 30), *_grid(across, up)]
     for name, peak in peaks.items():
         if peak and any(product.precision == name for product in products):
             start = max(peak / memory, across.low)
@@ -114,16 +114,19 @@ class _Logarithmic:
     def __call__(self, value: float) -> float:
         return self._first + math.log(value / self.low) * self._scale
 
-    def decades(self) -> Sequence[float]:
-        return [10.0**power for power in range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)]
+    def ticks(self) -> Sequence[float]:
+        """1, 2 and 5 in every power of ten between the ends."""
+        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        values = (factor * 10.0**power for power in powers for factor in (1, 2, 5))
+        return [value for value in values if self.low <= value <= self.high]
 
 
-def _decades(across: _Logarithmic, up: _Logarithmic) -> Iterator[str]:
+def _grid(across: _Logarithmic, up: _Logarithmic) -> Iterator[str]:
     bottom, right = up(up.low), across(across.high)
-    for value in across.decades():
+    for value in across.ticks():
         yield f'<path d="M{across(value):.1f} {TOP}V{bottom:.1f}" stroke="#ddd"/>'
         yield f'<text x="{across(value):.1f}" y="{bottom + 14:.1f}" text-anchor="middle">{value:g}</text>'
-    for value in up.decades():
+    for value in up.ticks():
         yield f'<path d="M{LEFT} {up(value):.1f}H{right:.1f}" stroke="#ddd"/>'
         yield f'<text x="{LEFT - 6}" y="{up(value) + 4:.1f}" text-anchor="end">{value / 1e12:g}</text>'
 

@@ -7,6 +7,7 @@ from dualpipe.program import Gather
 from parallel.estimate.plan import Plan
 from parallel.estimate.run import DAY
 from parallel.estimate.search import Found
+from parallel.estimate.spread import Spread
 from parallel.estimate.step import idle_by_cause
 from parallel.estimate.workload import Workload, spell
 
@@ -36,6 +37,19 @@ def report(plan: Plan) -> str:
         "Not measured on this cluster: " + _assumed(plan),
     ]
     return "\n".join(lines)
+
+
+def drawn(plan: Plan, spread: Spread) -> str:
+    """What drawn waits and loads do to the step and to the hours."""
+    hours = plan.gpu_hours_per_trillion_tokens / plan.step_seconds / 1e3
+    load = f"uniform from 1 to {2 * plan.workload.imbalance - 1:g} of it" if plan.workload.imbalance > 1 else "the mean"
+    slower = spread.mean / plan.step_seconds - 1
+    return (
+        f"{spread.draws} drawn steps: mean {spread.mean:.4g} s ({slower:+.1%}), 90% between {spread.low:.4g} and "
+        f"{spread.high:.4g} s, {spread.low * hours:.4g}K to {spread.high * hours:.4g}K GPU-hours per trillion\n"
+        f"waits for peers: gamma, deviation {plan.cluster.skew_variation:g} of the mean; rows of the busiest rank: "
+        f"{load}; for every layer of every operation"
+    )
 
 
 def ranking(found: Found) -> str:

@@ -102,6 +102,8 @@ class Cluster:
     combine_forward_skew_us: float
     dispatch_backward_skew_us: float
     combine_backward_skew_us: float
+    skew_variation: float
+    """Standard deviation of such a wait over its mean, from layer to layer."""
     dollars_per_gpu_hour: float
     gpu_hours_between_failures: float
     """Of one GPU and its share of everything else that can end the job."""
@@ -191,6 +193,7 @@ _MAY_BE_ZERO = {
     "restart_seconds",
     "checkpoint_seconds",
     "dollars_per_gpu_hour",
+    "skew_variation",
     *(f"{phase}_{way}_skew_us" for phase in ("dispatch", "combine") for way in ("forward", "backward")),
 }
 

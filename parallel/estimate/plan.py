@@ -28,7 +28,15 @@ from parallel.estimate.stages import (
     stage_costs,
     stage_layers,
 )
-from parallel.estimate.step import EndSeconds, RankSeconds, idle_by_cause, play, ranks_seconds, step_program
+from parallel.estimate.step import (
+    DurationTable,
+    EndSeconds,
+    RankSeconds,
+    idle_by_cause,
+    play,
+    ranks_seconds,
+    step_program,
+)
 from parallel.estimate.workload import Workload, spell
 
 
@@ -49,6 +57,7 @@ class Plan:
     workload: Workload
     cluster: Cluster
     run: Run
+    program: Program
     layers: list[range]
     stages: list[StageCost]
     end: EndSeconds
@@ -213,16 +222,33 @@ def make_plan(workload: Workload, cluster: Cluster, run: Run, program: Program |
         program = step_program(workload.schedule, layout.pipeline, workload.microbatches)
     parameters = stage_parameters(operations, layers)
     end = end_seconds(program, workload, cluster, parameters)
+    result = _played(program, workload, cluster, layers, stages, end)
+    assert result.peak_bytes is not None
+    memory = rank_memory(program, workload, parameters, result.peak_bytes)
+    return Plan(workload, cluster, run, program, layers, stages, end, result, ranks_seconds(result), memory)
+
+
+def replay(plan: Plan, table: DurationTable) -> Simulation:
+    """The plan's step once more, with other durations of its operations."""
+    return _played(plan.program, plan.workload, plan.cluster, plan.layers, plan.stages, plan.end, table)
+
+
+def _played(
+    program: Program,
+    workload: Workload,
+    cluster: Cluster,
+    layers: list[range],
+    stages: list[StageCost],
+    end: EndSeconds,
+    table: DurationTable | None = None,
+) -> Simulation:
     message = message_bytes(workload) / cluster.ib_one_way, cluster.latency_us * 1e-6
     afterwards = None
     if cluster.shares_cores:
         message = (0.0, 0.0)  # it is in the operations that it takes cores from
         cores = int(cluster.ranks_per_node), int(cluster.cores_per_node)
-        afterwards = lambda progress: share_cores(progress, layout, *cores)  # noqa: E731
-    result = play(program, stages, end, message, activation_bytes(workload, layers), afterwards)
-    assert result.peak_bytes is not None
-    memory = rank_memory(program, workload, parameters, result.peak_bytes)
-    return Plan(workload, cluster, run, layers, stages, end, result, ranks_seconds(result), memory)
+        afterwards = lambda progress: share_cores(progress, workload.layout, *cores)  # noqa: E731
+    return play(program, stages, end, message, activation_bytes(workload, layers), afterwards, table)
 
 
 def end_seconds(

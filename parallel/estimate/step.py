@@ -14,6 +14,8 @@ from parallel.estimate.stages import StageCost, pair_seconds
 
 OPERATIONS = ("F", "B", "I", "W", "FB")
 
+DurationTable = Callable[[Costs, Program, Sequence[StageCost]], CostTable]
+
 
 @dataclass(frozen=True)
 class EndSeconds:
@@ -61,9 +63,11 @@ def play(
     message: tuple[float, float],
     activation_bytes: Sequence[float],
     afterwards: Callable[[Progress], None] | None = None,
+    table: DurationTable | None = None,
 ) -> Simulation:
     """The step's simulation, in seconds. ``message``: how long one occupies its link, and its latency;
-    ``activation_bytes``: of one micro-batch, by stage; ``afterwards`` changes what was played, as shared cores do."""
+    ``activation_bytes``: of one micro-batch, by stage; ``afterwards`` changes what was played, as shared cores do;
+    ``table`` makes the durations, by default those of the stages."""
     at_stage: dict[tuple[str, int], float] = {}
     for stage, cost in enumerate(stages):
         for op, name in _FIELDS.items():
@@ -79,7 +83,7 @@ def play(
         at_stage=at_stage,
     )
     progress = Progress(program, Transport.EAGER, costs)
-    progress.costs = _Pairs(costs, program, stages)
+    progress.costs = (table or _Pairs)(costs, program, stages)
     progress.play()
     if afterwards is not None:
         afterwards(progress)

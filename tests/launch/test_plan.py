@@ -72,7 +72,16 @@ def test_what_if_and_overrides_change_the_answer(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--what-if", "nvlnk=900"], "what-if nvlnk is not a key of a cluster; the nearest is nvlink"),
+        (
+            ["--what-if", "nvlnk=900"],
+            "what-if nvlnk is not a key of a cluster or of the workload; the nearest is nvlink",
+        ),
+        (
+            ["--what-if", "percision=fp8"],
+            "what-if percision is not a key of a cluster or of the workload; the nearest is p",
+        ),
+        (["--draws", "4", "--search"], "--draws is of one layout's step"),
+        (["--draws", "1", *AS_TRAINED], "draws=1 must be at least 2"),
         (["--what-if", "ib=fast"], "what-if ib_gb_per_s=fast must be a number, in the unit of its name"),
         (["--what-if", "ib=0"], "cluster h800: ib_gb_per_s=0 must be finite and above 0"),
         (["--what-if", "ib"], "--what-if 'ib' must have the form KEY=VALUE"),
@@ -129,6 +138,17 @@ def test_a_search_without_a_layout_that_fits_names_the_smallest(capsys: pytest.C
     assert main([V3, *small, "phases.global_batch_size=[]", *AS_TRAINED, "--search"]) == 2
     error = capsys.readouterr().err
     assert "layouts of 32 GPUs fits on h800" in error and "needs least" in error and error.count("\n") == 1
+
+
+def test_drawn_steps_give_an_interval(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["layout.pipeline=4", "layout.data=64", "train.global_batch_size=512", "phases.global_batch_size=[]"]
+    small += [*AS_TRAINED, "--what-if", "memory_gb=1000,imbalance=1.1", "model.num_hidden_layers=8"]
+    found = json.loads(answer(capsys, *small, "--draws", "4", "--json"))
+    spread = found["drawn_step_seconds"]
+    assert spread["draws"] == 4 and spread["low"] <= spread["median"] <= spread["high"]
+    assert spread["mean"] == pytest.approx(found["step_seconds"], rel=0.1)
+    text = answer(capsys, *small, "--draws", "4")
+    assert "4 drawn steps: mean" in text and "uniform from 1 to 1.2 of it" in text
 
 
 def test_phases_are_priced_and_compared(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
