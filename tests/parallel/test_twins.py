@@ -50,6 +50,7 @@ def train(rank: int, job: Job, steps: int) -> Trained:
     for step in range(steps):
         first, count = worker.rows(job.global_batch_size)
         results.append(worker.train_step(batch(job, step)[first : first + count], job.optimizer.learning_rate))
+    worker.settle()
     return [r.loss for r in results], [r.grad_norm for r in results], held_by(worker)
 
 
