@@ -150,11 +150,15 @@ class LiveView:
         grad_norm: float,
         tokens_per_second: float,
         expert_load: float | None = None,
+        hidden: float | None = None,
     ) -> None:
-        """Show a finished step, counted from 1; ``expert_load`` is the busiest expert's tokens over the mean."""
+        """Show a finished step, counted from 1; ``expert_load`` is the busiest expert's tokens over the mean,
+        ``hidden`` the share of dispatch and combine that went on beside computation."""
         numbers = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  gradient norm {grad_norm:.3f}"
         if expert_load is not None:
             numbers += f"  expert load {expert_load:.2f}x mean"
+        if hidden is not None:
+            numbers += f"  dispatch {hidden:.0%} hidden"
         if self._live:
             self._progress.update(self._task, completed=step)
             self._numbers.plain = numbers

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -229,6 +230,7 @@ class Trainer:
                         grad_norm=entry["grad_norm"],
                         tokens_per_second=entry["tokens_per_second"],
                         expert_load=max(entry["expert_load"].values(), default=None),
+                        hidden=_hidden(entry["dispatch"]),
                     )
                 if every and step % every == 0:
                     saved = self._save()
@@ -421,3 +423,9 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         print(text, file=sys.stderr if self.arguments.json else sys.stdout, flush=True)
+
+
+def _hidden(dispatch: Mapping[str, float]) -> float | None:
+    """The share of communication that computation hid; None when there was none."""
+    total = dispatch["hidden_seconds"] + dispatch["exposed_seconds"]
+    return dispatch["hidden_seconds"] / total if total else None

@@ -111,7 +111,8 @@ def watch(view: LiveView, clock: Clock, steps: range, seconds_per_step: float) -
     with view:
         for step in steps:
             clock.seconds += seconds_per_step
-            view.update(step, loss=5.5 / step, grad_norm=1.25, tokens_per_second=12345.6, expert_load=1.5)
+            numbers = {"loss": 5.5 / step, "grad_norm": 1.25, "tokens_per_second": 12345.6}
+            view.update(step, **numbers, expert_load=1.5, hidden=0.927)
 
 
 def test_without_a_terminal_it_prints_the_first_step_some_and_the_last() -> None:
@@ -121,7 +122,8 @@ def test_without_a_terminal_it_prints_the_first_step_some_and_the_last() -> None
     lines = out.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["1/20", "4/20", "7/20", "10/20", "13/20", "16/20", "19/20", "20/20"]
     assert lines[0] == (
-        "step 1/20  loss 5.5000  12,346 tokens/s  gradient norm 1.250  expert load 1.50x mean  0:00:38 left"
+        "step 1/20  loss 5.5000  12,346 tokens/s  gradient norm 1.250  expert load 1.50x mean  dispatch 93% hidden  "
+        "0:00:38 left"
     )
     assert lines[-1].endswith("0:00:00 left")
 

@@ -2,9 +2,12 @@
 
 import math
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from model.exchange import Dispatched, LocalExchange
 from model.fp8.quantise import Scale, Tile, dequantise, quantise
+from parallel.comm_stream import comm_stream
 from parallel.exchange import DispatchLayout, GroupExchange
 from parallel.hop import Hop, Traffic
 from parallel.mesh import Layout
@@ -252,6 +256,39 @@ def unattended(rank: int) -> tuple[bool, float, float]:
 def test_the_second_hop_follows_the_first_without_anybody_waiting() -> None:
     for plausible, exposed_s, communication_s in run_ranks(unattended, 4):
         assert plausible and exposed_s > 0 and communication_s > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="counts how often the host waits for a GPU: needs CUDA")
+def test_a_dispatch_waits_for_the_gpu_once_and_nothing_else_does(tmp_path: Path) -> None:
+    device = torch.device("cuda", 0)
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=device)
+    try:
+        world = dist.group.WORLD
+        assert world is not None
+        exchange = GroupExchange(world, 4, [Hop(world, [False])], stream=comm_stream(device))
+        x, weights = torch.randn(6, HIDDEN, device=device), torch.rand(6, 2, device=device)
+        indices = torch.rand(6, 4, device=device).topk(2).indices
+
+        def waits(run: Callable[[], Any]) -> tuple[Any, int]:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    result = run()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            return result, sum("synchronizing CUDA" in str(warning.message) for warning in caught)
+
+        exchange.dispatch(x, weights, indices).wait()  # the first one makes the communicator
+        sent, dispatching = waits(lambda: exchange.dispatch(x, weights, indices).wait())
+        _, combining = waits(lambda: exchange.combine(sent.rows_RD, sent.layout).wait())
+        gradients, back = waits(lambda: exchange.dispatch_gradient(x, sent.layout).wait())
+        _, home = waits(lambda: exchange.combine_gradient(gradients, sent.weights_R, sent.layout).wait())
+        assert (dispatching, combining, back, home) == (1, 0, 0, 0)
+    finally:
+        dist.destroy_process_group()
 
 
 def expected_traffic(exchange: GroupExchange, layout: DispatchLayout, hidden: int) -> Traffic:

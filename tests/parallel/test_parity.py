@@ -4,13 +4,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dualpipe.cost import Costs
 from dualpipe.load import load
-from dualpipe.program import ProgramError
+from dualpipe.program import Overlap, ProgramError, Work
 from dualpipe.schedules import SCHEDULES
 from dualpipe.search import Budget, search
 from dualpipe.simulate import simulate
@@ -19,6 +21,7 @@ from model.router import Routing
 from model.transformer import Transformer, initialise
 from parallel.mesh import Layout
 from parallel.optimizer_config import OptimizerConfig
+from parallel.stage import ModelStage
 from parallel.worker import Job, Worker
 from tests.ranks import run_ranks
 
@@ -150,6 +153,34 @@ def test_parity(pipeline: int, data: int, expert: int) -> None:
 @pytest.mark.parametrize("ranks_per_node", [1, 2, 4])
 def test_parity_of_hierarchical_dispatch(ranks_per_node: int) -> None:
     parity(Layout(1, 4, 4, ranks_per_node), "hierarchical")
+
+
+def one_after_the_other(self: ModelStage, work: Work, x: Tensor, other: ModelStage, *backward: Any) -> tuple[Any, Any]:
+    """A pair without overlap: its forward, then its backward."""
+    return self.forward(work, x), other.backward(*backward)
+
+
+def train_ways(rank: int, layout: Layout) -> list[list[float]]:
+    """Losses and gradient norms of two steps: flat, hierarchical, and hierarchical with no pair overlapped."""
+    found = []
+    overlapped = ModelStage.overlapped
+    for dispatch, pair in (("flat", overlapped), ("hierarchical", overlapped), ("hierarchical", one_after_the_other)):
+        ModelStage.overlapped = pair  # type: ignore[method-assign]
+        job = replace(SHORT, layout=layout, dispatch=dispatch, global_batch_size=16)
+        worker = Worker(job, rank)
+        assert any(isinstance(slot, Overlap) for slot in worker.program.slots[worker.position])
+        first, count = worker.rows(job.global_batch_size)
+        batches = [batch(job, step)[first : first + count] if worker.needs_data else None for step in range(2)]
+        steps = [worker.train_step(tokens, 1e-3) for tokens in batches]
+        found.append([number for step in steps for number in (step.loss, step.grad_norm)])
+    return found
+
+
+def test_every_way_to_dispatch_trains_alike_and_overlap_changes_no_bit() -> None:
+    layout = Layout(2, 4, 4, ranks_per_node=2)
+    for flat, hierarchical, in_turn in run_ranks(train_ways, layout.world_size, layout):
+        assert hierarchical == in_turn
+        assert hierarchical == pytest.approx(flat, rel=1e-5)
 
 
 def train_fp8(rank: int, layout: Layout, payload: bool) -> list[float]:
