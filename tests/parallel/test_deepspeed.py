@@ -48,7 +48,8 @@ def figures(results: list[StepResult]) -> Figures:
 
 
 def parameters(worker: Worker) -> dict[str, torch.Tensor]:
-    """What the rank computes with, by stage and name."""
+    """What the rank computes with, by stage and name. Collective."""
+    worker.settle()
     experts = worker.job.layout.expert_index(worker.rank)
     return {
         f"{stage}.{experts if 'experts' in name else 0}.{name}": parameter.detach().clone()
