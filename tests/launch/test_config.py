@@ -271,6 +271,7 @@ def test_a_world_of_another_size_is_refused(tmp_path: Path) -> None:
         ("optimizer.learning_rate=1e-5", False),
         ("checkpoint.every=1", False),
         ("train.micro_batch_size=2", False),
+        ("precision.compute=fp8", False),
     ],
 )
 def test_a_resumed_run_keeps_its_model_seed_and_data(tmp_path: Path, override: str, fixed: bool) -> None:
