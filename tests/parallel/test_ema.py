@@ -1,8 +1,9 @@
 """The average of the parameters: its recurrence, exactly, whoever updates the masters and whatever is resumed."""
 
-import time
+import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,23 +36,37 @@ def shards(worker: Worker) -> list[Tensor]:
 
 @pytest.mark.parametrize("backend", ["native", "deepspeed"])
 def test_it_is_the_plain_recurrence_of_the_masters(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the thread is late: the masters wait for it."""
+    """Also where the thread is as late as can be: the masters wait for it."""
     if backend == "deepspeed":
         pytest.importorskip("deepspeed")
     worker = Worker(replace(JOB, optimizer=replace(JOB.optimizer, backend=backend)), 0)
     assert worker.average is not None
-    update = worker.average._update
+    update, change, (finish,) = worker.average._update, worker.optimizer.update, worker.end.readers
+    go = threading.Event()
 
-    def late(*arguments: object) -> None:
-        time.sleep(0.2)
+    def late(*arguments: Any) -> None:
+        assert go.wait(60)
+        go.clear()
         update(*arguments)
 
+    def wait() -> None:
+        go.set()
+        finish()
+
+    def change_then_go(*arguments: Any) -> None:
+        change(*arguments)
+        if worker.average._underway is not None and not worker.average._underway.done():
+            go.set()  # nobody waited
+
     monkeypatch.setattr(worker.average, "_update", late)
+    monkeypatch.setattr(worker.optimizer, "update", change_then_go)
+    worker.end.readers[:] = [wait]
     means = [master.double() for master in masters(worker)]
     for number in range(3):
         step(worker, number)
         for mean, master in zip(means, masters(worker), strict=True):
             mean.mul_(DECAY).add_(master, alpha=1 - DECAY)
+    go.set()
     for mean, shard, master in zip(means, shards(worker), masters(worker), strict=True):
         torch.testing.assert_close(shard.double(), mean, rtol=1e-6, atol=1e-8)
         assert (shard - master).abs().max() > 1e-3
