@@ -198,11 +198,17 @@ class RecoveryConfig:
     hash_every: int = 0
     """Steps between two comparisons of all copies of the parameters (parallel/flips.py), apart from those before each
     checkpoint; 0 makes none."""
+    hang_factor: float = 0.0
+    """A step in which no rank comes further for so many median steps, and at least a second, hangs: the rank that is
+    to blame is named and killed, as if it had died. 0 leaves hangs to train.timeout_seconds; otherwise at least 2, and
+    Linux; under torchrun nobody watches."""
 
     def __post_init__(self) -> None:
         for key in ("max_restarts", "replicate_every", "max_bad_steps", "hash_every"):
             _check_count(f"recovery.{key}", getattr(self, key))
         _check(self.spike_factor >= 0, "recovery.spike_factor", self.spike_factor, "must not be negative")
+        sane = self.hang_factor == 0 or 2 <= self.hang_factor <= 1e6
+        _check(sane, "recovery.hang_factor", self.hang_factor, "must be 0, or from 2 to 1000000")
         needless = self.replicate_every > 0 and self.max_restarts == 0
         rule = "needs recovery.max_restarts of at least 1: nobody else gives ranks what memory kept"
         _check(not needless, "recovery.replicate_every", self.replicate_every, rule)

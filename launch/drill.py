@@ -151,7 +151,7 @@ def _row(scenario: Scenario, verdict: Verdict) -> str:
     row = _line(
         verdict.scenario,
         scenario.broken,
-        verdict.culprit or "-",
+        _short(verdict.culprit or "-"),
         _number(verdict.detected_s),
         _number(verdict.recovered_s),
         "-" if verdict.lost_steps is None else str(verdict.lost_steps),
@@ -160,6 +160,11 @@ def _row(scenario: Scenario, verdict: Verdict) -> str:
         "passed" if verdict.passed else "FAILED",
     )
     return "\n".join([row, *(f"    {problem}" for problem in verdict.problems)])
+
+
+def _short(culprit: str) -> str:
+    """As much as the column holds; --json has it whole."""
+    return culprit if len(culprit) <= _WIDTHS[2] else f"{culprit[: _WIDTHS[2] - 3]}..."
 
 
 def _number(seconds: float | None) -> str:

@@ -3,8 +3,9 @@
 The ranks are forked from a server that has imported torch, so that eight of them do not import it eight times. The
 server itself starts no thread and touches no GPU.
 
-When a rank dies, the others are ended and all are started again, which takes a second because the server is still
-there: they go on from the newest whole checkpoint, or from what the launcher's memory kept of them (``keeper.py``).
+When a rank dies, or is killed because it hangs (``hang.py``), the others are ended and all are started again, which
+takes a second because the server is still there: they go on from the newest whole checkpoint, or from what the
+launcher's memory kept of them (``keeper.py``).
 """
 
 import argparse
@@ -33,6 +34,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from launch import output, train
 from launch.config import Config, ConfigError
+from launch.hang import Board, Hang
+from launch.hang import Watch as HangWatch
 from launch.keeper import Keeper, Regions
 from launch.metrics import read_jsonl
 from launch.run_folder import RunFolder
@@ -68,10 +71,16 @@ def start(config: Config, arguments: argparse.Namespace) -> int:
     for the whole: the ranks' own where they agree on bad input."""
     logging.disable(logging.ERROR)  # what torch's launcher logs about ended ranks, the ranks say better
     # The server's socket lives longer than the folder.
-    with _ForkServer() as server, _scratch_folder() as scratch, _memory(config) as arguments.memory:
+    with (
+        _ForkServer() as server,
+        _scratch_folder() as scratch,
+        _memory(config) as arguments.memory,
+        _board(config) as board,
+    ):
+        arguments.board = board and board.path
         _pass_signals_on()
         try:
-            return _start(config, arguments, server, scratch)
+            return _start(config, arguments, server, scratch, board)
         except SignalException as stopped:
             return 128 + stopped.sigval
 
@@ -86,6 +95,18 @@ def _memory(config: Config) -> Iterator[list[Regions] | None]:
         raise ConfigError(f"recovery.replicate_every={config.recovery.replicate_every} must be 0: it needs Linux")
     with Keeper(config.layout.world_size) as keeper:
         yield keeper.regions
+
+
+@contextlib.contextmanager
+def _board(config: Config) -> Iterator[Board | None]:
+    """Where the ranks write down what they do; None when nobody watches them. Raises ConfigError."""
+    if not config.recovery.hang_factor:
+        yield None
+        return
+    if not hasattr(os, "memfd_create"):
+        raise ConfigError(f"recovery.hang_factor={config.recovery.hang_factor} must be 0: it needs Linux")
+    with Board(config.layout.world_size) as board:
+        yield board
 
 
 @contextlib.contextmanager
@@ -146,16 +167,18 @@ class _ForkServer:
 
 class _Watch:
     """Sees the first rank end, from beside torch's launcher, and kills those that have not followed in
-    ``GRACE_SECONDS``: torch would let a rank that hears no SIGTERM, stopped or stuck on a GPU, live for 30 more.
+    ``GRACE_SECONDS``: torch would let a rank that hears no SIGTERM, stopped or stuck on a GPU, live for 30 more. With a
+    ``board`` it ends the ranks that hang, too.
 
     A context manager for one attempt; once it is left, none of its ranks is alive.
     """
 
-    def __init__(self, server: _ForkServer) -> None:
+    def __init__(self, server: _ForkServer, board: Board | None = None, hang_factor: float = 0.0) -> None:
         self.finished = multiprocessing.get_context("forkserver").Event()
         """Set by a rank that left the group, which all ranks do together: they may take their time to end."""
         self.noticed: float | None = None
-        self._server = server
+        self.hang: Hang | None = None
+        self._server, self._board, self._hang_watch = server, board, HangWatch(hang_factor)
         self._seen: set[psutil.Process] = set()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -177,12 +200,23 @@ class _Watch:
         while not self._over.wait(POLL_SECONDS):
             alive = self._server.ranks()
             self._seen |= alive
+            if self._board is not None and self.hang is None:
+                self._end_hanging(self._board)
             if self._seen - alive:
-                self.noticed = time.monotonic()
+                self.noticed = self.noticed or time.monotonic()
                 self._over.wait(GRACE_SECONDS)
                 if not self.finished.is_set():
                     self._kill(self._seen)
                 return
+
+    def _end_hanging(self, board: Board) -> None:
+        """Kill the ranks that are to blame for a hang, if there is one: then somebody has died, as ever."""
+        now, readings = time.monotonic(), board.read()
+        self.hang = None if readings is None else self._hang_watch.look(now, readings)
+        if self.hang is not None:
+            self.noticed = now
+            guilty = set(self.hang.processes.values())
+            self._kill(process for process in self._seen if process.pid in guilty)
 
     @staticmethod
     def _kill(processes: Iterable[psutil.Process]) -> None:
@@ -191,11 +225,13 @@ class _Watch:
                 process.kill()
 
 
-def _start(config: Config, arguments: argparse.Namespace, server: _ForkServer, scratch: str) -> int:
+def _start(
+    config: Config, arguments: argparse.Namespace, server: _ForkServer, scratch: str, board: Board | None
+) -> int:
     folder, most, restarts = RunFolder(config), config.recovery.max_restarts, 0
     arguments.recovering = None
     known = len(folder.events.entries())
-    while (failure := _attempt(config, arguments, server, scratch)) is not None:
+    while (failure := _attempt(config, arguments, server, scratch, board)) is not None:
         if not failure.can_recover:
             return train.USER_ERROR if failure.status == train.USER_ERROR else train.FAILED
         failure = _explained(failure, folder.events.entries()[known:])
@@ -212,7 +248,9 @@ def _start(config: Config, arguments: argparse.Namespace, server: _ForkServer, s
     return 0
 
 
-def _attempt(config: Config, arguments: argparse.Namespace, server: _ForkServer, scratch: str) -> Failure | None:
+def _attempt(
+    config: Config, arguments: argparse.Namespace, server: _ForkServer, scratch: str, board: Board | None
+) -> Failure | None:
     """Run all ranks to their end. Each attempt has a rendezvous and a store of its own: ranks that meet the addresses
     which the ranks before them left in a store connect to nobody."""
     launch = LaunchConfig(
@@ -229,13 +267,17 @@ def _attempt(config: Config, arguments: argparse.Namespace, server: _ForkServer,
         logs_specs=DefaultLogsSpecs(log_dir=scratch),
     )
     server.ensure_running()
-    with _Watch(server) as watch:
+    if board is not None:
+        board.clear()
+    with _Watch(server, board, config.recovery.hang_factor) as watch:
         try:
             elastic_launch(launch, _rank)(config, arguments, watch.finished)
         except ChildFailedError as error:
             _, first = error.get_first_failure()
             noticed = time.monotonic() if watch.noticed is None else watch.noticed
-            return Failure(first.local_rank, first.exitcode, _cause(first), noticed)
+            hung = watch.hang is not None and first.local_rank in watch.hang.processes
+            cause = f"ended as it hung: {watch.hang.words}" if watch.hang is not None and hung else _cause(first)
+            return Failure(first.local_rank, first.exitcode, cause, noticed)
     return None
 
 

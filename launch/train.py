@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser().parse_intermixed_args(argv)
     except ConfigError as error:
         return _refuse(error)
-    # Under torchrun, nobody tells a rank what it recovers from, and nobody keeps memory for it.
-    arguments.recovering = arguments.memory = None
+    # Under torchrun, nobody tells a rank what it recovers from, keeps memory for it, or watches it for hangs.
+    arguments.recovering = arguments.memory = arguments.board = None
     arguments.command = invocation(sys.argv[0], os.environ, Path.cwd())
     return as_rank(arguments) if "RANK" in os.environ else as_launcher(arguments)
 

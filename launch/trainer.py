@@ -19,6 +19,7 @@ from launch.config import Config, ConfigError
 from launch.data import DataError, bits_per_byte, open_dataset
 from launch.drills.fault import PLAN, Plan
 from launch.drills.fault import read as read_plan
+from launch.hang import BEAT_SECONDS, Line
 from launch.job import job_of
 from launch.metrics import LiveView, MetricsLog, print_summary
 from launch.rank import Place, store_of_the_job, together
@@ -80,6 +81,8 @@ class Trainer:
         try:
             job = job_of(config, self.device, self.here, self.data.document_end)
             self.worker = Worker(job, self.rank, store_of_the_job())
+            if self.arguments.board is not None:
+                self.worker.activity.publish(Line(self.arguments.board, self.rank).write, BEAT_SECONDS)
             if self.leads and self.worker.products is not None:
                 self._say(str(self.worker.products))
             self.recorder = Recorder(self.worker.program, config.layout, self.rank) if config.run.trace else None
@@ -277,18 +280,18 @@ class Trainer:
             first, count = worker.rows(sequences)
             tokens = self._read(position + first, count)
         record = self.recorder is not None
-        worker.activity.step = self.progress.step + 1
-        result = worker.train_step(
-            tokens,
-            values.learning_rate,
-            self.stop.signal is not None,
-            record,
-            sequences=sequences,
-            bias_update_speed=values.bias_update_speed,
-            mtp_loss_weight=values.mtp_loss_weight,
-            loss_limit=self.spikes.limit,
-            compare=self._is_compared(self.progress.step + 1),
-        )
+        with worker.activity.in_step(self.progress.step + 1):
+            result = worker.train_step(
+                tokens,
+                values.learning_rate,
+                self.stop.signal is not None,
+                record,
+                sequences=sequences,
+                bias_update_speed=values.bias_update_speed,
+                mtp_loss_weight=values.mtp_loss_weight,
+                loss_limit=self.spikes.limit,
+                compare=self._is_compared(self.progress.step + 1),
+            )
         seconds = time.perf_counter() - began
         if result.refusal is not None:
             self._refuse(result.refusal, result, position)

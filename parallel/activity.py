@@ -3,6 +3,7 @@
 A rank keeps one record: the operation that it is in, and the ranks that it waits for in it, none while it computes.
 A thread publishes the record in the job's store, under ``activity/RANK`` as one JSON object, a few times in every
 timeout; the number of the ``beat`` in it grows as long as the process runs. Whoever can reach the store can read it.
+A launcher that watches its ranks (``launch/hang.py``) has them published where it can look more often.
 
 When a collective or a message fails, each rank judges by these records. A rank whose beat stands still is dead or
 stopped. Otherwise the one that computes while others wait did not come: it is too slow, or hangs in what it computes.
@@ -10,10 +11,13 @@ The first verdict is the whole job's: who fails only because others have given u
 """
 
 import json
+import os
+import statistics
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,6 +30,8 @@ BEATS = 20
 SILENT_BEATS = 4
 """A rank that published nothing for so long is dead or stopped."""
 COMPUTING = "computing"
+STEPS_KEPT = 32
+"""Of the last so many steps the median is published; the first, which warms up, is none of them."""
 COMMUNICATION = ("onnection", "gloo", "NCCL")
 """Of which an error of torch.distributed has one in its words."""
 
@@ -78,13 +84,23 @@ class Activity:
         self._describe = describe
         self._waiting: Record | None = None
         self._since = time.monotonic()
-        self.step = 0
+        self._step_seconds: deque[float] = deque(maxlen=STEPS_KEPT)
+        self._steps = 0
+        self.step, self.stepping = 0, False
         if store is not None:
-            over = threading.Event()
-            publish = weakref.WeakMethod(self._publish)
-            self._publish(0)
-            threading.Thread(target=_beat, args=(publish, over, self._beat_s), daemon=True).start()
-            weakref.finalize(self, over.set)
+            key = _key(rank)
+            self.publish(lambda text: store.set(key, text), self._beat_s)
+
+    @contextmanager
+    def in_step(self, step: int) -> Iterator[None]:
+        """In the context this rank takes a training step, which takes about as long as the others."""
+        start = time.monotonic()
+        self.step, self.stepping = step, True
+        yield
+        self.stepping = False
+        self._steps += 1
+        if self._steps > 1:
+            self._step_seconds.append(time.monotonic() - start)
 
     def computes(self, what: Any) -> None:
         """From here on this rank is in ``what``, until it waits or is in something else."""
@@ -126,18 +142,30 @@ class Activity:
         found = self._store.multi_get([_key(rank) for rank in self.ranks])
         return {rank: json.loads(text) for rank, text in zip(self.ranks, found, strict=True)}
 
-    def _publish(self, beat: int) -> None:
+    def publish(self, write: Callable[[str], object], seconds: float) -> None:
+        """Write the record at once, and from a thread every so many ``seconds`` for as long as this object lives, or
+        until ``write`` raises RuntimeError or OSError: then the job is at its end."""
+        write(json.dumps(self.record(0)))
+        over = threading.Event()
+        record = weakref.WeakMethod(self.record)
+        threading.Thread(target=_beat, args=(record, write, over, seconds), daemon=True).start()
+        weakref.finalize(self, over.set)
+
+    def record(self, beat: int) -> dict[str, Any]:
+        """What is published. ``seconds``: in ``operation``; ``median_step_seconds``: None before the third step."""
         waiting, computing, now = self._waiting, self._computing, time.monotonic()
-        record = {
+        steps = list(self._step_seconds)
+        return {
             "beat": beat,
+            "pid": os.getpid(),
             "step": self.step,
+            "stepping": self.stepping,
+            "median_step_seconds": statistics.median(steps) if len(steps) > 1 else None,
             "computing": self._describe(computing),
             "operation": COMPUTING if waiting is None else waiting.operation,
             "peers": [] if waiting is None else waiting.peers,
             "seconds": round(now - (self._since if waiting is None else waiting.since), 3),
         }
-        assert self._store is not None
-        self._store.set(_key(self.rank), json.dumps(record))
 
     def _verdict(self) -> str | None:
         """Who is to blame, in words; None when it cannot be known: not without a store, or one that is gone."""
@@ -148,46 +176,57 @@ class Activity:
             if not known:
                 before = self.read()
                 time.sleep(SILENT_BEATS * self._beat_s)
-                verdict = judge(before, self.read())
-                known = self._store.compare_set("activity/verdict", "", verdict).decode() if verdict else ""
+                found = judge(before, self.read())
+                known = self._store.compare_set("activity/verdict", "", found.words).decode() if found else ""
             return known or None
         return None
 
 
-def judge(before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]]) -> str | None:
+@dataclass(frozen=True)
+class Blame:
+    """The ranks that keep the others waiting, and what is known of them, in words."""
+
+    ranks: tuple[int, ...]
+    words: str
+
+
+def judge(before: Mapping[int, Mapping[str, Any]], after: Mapping[int, Mapping[str, Any]]) -> Blame | None:
     """Who keeps the others waiting, from two readings of all records, ``SILENT_BEATS`` beats apart; None when everyone
     lives and waits."""
-    silent = [rank for rank in after if after[rank]["beat"] == before[rank]["beat"]]
+    silent = tuple(rank for rank in after if after[rank]["beat"] == before[rank]["beat"])
     if silent:
         last = after[silent[0]]
         seen = f"{last['operation']} ({last['computing']}, step {last['step']})"
         names = f"ranks {', '.join(map(str, silent))} are" if len(silent) > 1 else f"rank {silent[0]} is"
-        return f"{names} silent, dead or stopped, last seen in {seen}"
+        return Blame(silent, f"{names} silent, dead or stopped, last seen in {seen}")
     computing = [rank for rank in after if after[rank]["operation"] == COMPUTING]
     if not computing:
         return None
     slowest = max(computing, key=lambda rank: float(after[rank]["seconds"]))
     last = after[slowest]
-    return (
-        f"rank {slowest} did not come: it has been in {last['computing']} of step {last['step']} for "
-        f"{last['seconds']:.1f} s"
-    )
+    words = f"it has been in {last['computing']} of step {last['step']} for {last['seconds']:.1f} s"
+    return Blame((slowest,), f"rank {slowest} did not come: {words}")
 
 
 def _key(rank: int) -> str:
     return f"activity/{rank}"
 
 
-def _beat(publish: "weakref.WeakMethod[Callable[[int], None]]", over: threading.Event, seconds: float) -> None:
-    """Publish until the record is gone, or the store: then the job is at its end."""
+def _beat(
+    record: "weakref.WeakMethod[Callable[[int], dict[str, Any]]]",
+    write: Callable[[str], object],
+    over: threading.Event,
+    seconds: float,
+) -> None:
     beat = 0
     while not over.wait(seconds):
         beat += 1
-        call = publish()
-        if call is None:
+        read = record()
+        if read is None:
             return
+        text = json.dumps(read(beat))
+        del read
         try:
-            call(beat)
-        except RuntimeError:
+            write(text)
+        except (RuntimeError, OSError):
             return
-        del call

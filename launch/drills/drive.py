@@ -76,7 +76,7 @@ def drilled(config: Config, run: Path, scenario: Scenario | None = None, control
             every, replicated = 0, not control
         if scenario.again is Again.LAUNCHER and (scenario.replicated or not control):
             restarts = len(scenario.faults)
-    watch = {key: getattr(guard, key) for key in ("max_bad_steps", "spike_factor", "hash_every")}
+    watch = {key: getattr(guard, key) for key in ("max_bad_steps", "spike_factor", "hash_every", "hang_factor")}
     return replace(
         config,
         train=replace(config.train, steps=STEPS, validate_every=0),

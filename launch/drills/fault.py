@@ -46,6 +46,10 @@ class Action(enum.Enum):
     """The rank's loss is far too large, and its gradients point away from where they did."""
     FLIP = "master weights"
     """One bit of the rank's largest master weight changes: its value doubles, or halves."""
+    STOP = "silent"
+    """SIGSTOP: the process is there, and does nothing more."""
+    HANG = "did not come"
+    """It never comes back from what it computes."""
     FULL_DISK = "File too large"
     """From here on no file that the rank writes may grow beyond a few bytes: the kernel's limit for the process."""
 

@@ -148,6 +148,11 @@ def _act(action: Action, worker: Worker) -> None:
         case Action.FLIP:
             words = worker.optimizer.buckets[0].master.view(torch.int32)
             words[worker.optimizer.buckets[0].master.abs().argmax()] ^= 1 << 23  # the lowest of the exponent
+        case Action.STOP:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case Action.HANG:
+            while True:
+                time.sleep(60)
         case Action.FULL_DISK:
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_DISK_BYTES, hard))

@@ -3,7 +3,7 @@ step 6 finds checkpoints of steps 2 and 4, and one step after them already taken
 
 import enum
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launch.config import RecoveryConfig
 from launch.drills.damage import Damage
@@ -41,7 +41,7 @@ class Scenario:
     replicated: bool = False
     """Whether memory keeps every step, and no checkpoint is written before the end."""
     guard: RecoveryConfig | None = None
-    """What watches the numbers."""
+    """What watches the numbers, or the ranks."""
     skips: bool = False
     """Whether the batch of the step is left out in the end, as in a run in which that was planned."""
 
@@ -49,6 +49,10 @@ class Scenario:
 def _rank_dies(name: str, action: Action, point: Point, broken: str, rank: int = -1) -> Scenario:
     lost_steps = EVERY if point in SAVING else 1
     return Scenario(name, broken, lost_steps, (Fault(action, rank, _FAULT_STEP, point),), again=Again.LAUNCHER)
+
+
+def _hangs(name: str, action: Action, point: Point, broken: str, rank: int = -1) -> Scenario:
+    return replace(_rank_dies(name, action, point, broken, rank), guard=RecoveryConfig(hang_factor=10.0))
 
 
 def _unsaved(name: str, action: Action, broken: str) -> Scenario:
@@ -76,6 +80,8 @@ _ALL = (
     _rank_dies("exception", Action.RAISE, Point.BACKWARD, "exception in a backward of the last rank"),
     _rank_dies("segfault", Action.SEGFAULT, Point.FORWARD, "segmentation fault in the last rank"),
     _rank_dies("abort", Action.ABORT, Point.BACKWARD, "abort in the last rank"),
+    _hangs("stop", Action.STOP, Point.FORWARD, "last rank stopped (SIGSTOP) in a forward"),
+    _hangs("hang", Action.HANG, Point.BACKWARD, "rank 0 hangs in a backward", rank=0),
     Scenario(
         "kill-writer",
         "last rank killed while it writes behind the loop",

@@ -63,17 +63,19 @@ def _signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def test_a_killed_rank_a_flipped_bit_and_lost_memory_do_not_show_in_the_end(
+def test_a_killed_or_stopped_rank_a_flipped_bit_and_lost_memory_do_not_show_in_the_end(
     two_ranks: Path, temporary: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status = drill.main(["kill-optimizer", "bit-flip", "lose-memory", "--config", str(two_ranks), "--json"])
+    names = ["kill-optimizer", "bit-flip", "lose-memory", "stop"]
+    status = drill.main([*names, "--config", str(two_ranks), "--json"])
     out, error = capsys.readouterr()
     assert status == 0, out + error
-    killed, flipped, lost = json.loads(out)
+    killed, flipped, lost, stopped = json.loads(out)
     assert killed["scenario"] == "kill-optimizer" and killed["culprit"] == "rank 1 was ended by SIGKILL"
     assert re.fullmatch(r"step-00000004/__\d_0.distcp", flipped["culprit"])
     assert lost["lost_steps"] <= 1, "no checkpoint was there, and the memory of the rank's peer was"
-    for found in (killed, flipped, lost):
+    assert "rank 1 is silent, dead or stopped" in stopped["culprit"]
+    for found in (killed, flipped, lost, stopped):
         assert found["passed"] and found["bitwise_equal"] and found["leftovers"] == []
         assert 0 < found["detected_s"] < found["recovered_s"]
     # Step 5 was done and no checkpoint had it; with the checkpoint of step 4 damaged, 3 and 4 go too.

@@ -1,0 +1,115 @@
+"""Tells a hang from a slow step, from beside the ranks, and says who is to blame.
+
+Every rank writes down what it is doing ten times a second (``parallel/activity.py``), in memory that the launcher
+holds. A hang is a training step in which no rank has come further for ``recovery.hang_factor`` times the median step,
+and at least a second. Between steps, while a checkpoint is written or the model validated, nothing is a hang: those
+take as long as they take, and ``train.timeout_seconds`` is their limit.
+"""
+
+import json
+import os
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from parallel.activity import Blame, judge
+
+BEAT_SECONDS = 0.1
+SHORTEST_SECONDS = 1.0
+"""No step hangs sooner than this."""
+SILENT_SECONDS = 0.5
+"""A rank that wrote nothing for so long is stopped, or does not get to run."""
+LONGEST_GAP_SECONDS = 0.25
+"""Of the time between two looks, no more counts: a watch that was itself stopped, with the ranks or with the whole
+machine, has seen nothing."""
+_RECORD_BYTES = 1024
+
+Readings = Mapping[int, Mapping[str, Any]]
+
+
+class Board:
+    """A record of each rank, in a file without a name that the kernel frees with its last user. Linux only."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+        self._file = os.memfd_create("dualpipe-activity")
+        self.path = Path(f"/proc/{os.getpid()}/fd/{self._file}")
+        self.clear()
+
+    def __enter__(self) -> "Board":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._file)
+
+    def clear(self) -> None:
+        os.ftruncate(self._file, 0)
+        os.ftruncate(self._file, self.ranks * _RECORD_BYTES)
+
+    def read(self) -> Readings | None:
+        """What every rank wrote last; None before all have, or when one is just being written."""
+        data = os.pread(self._file, self.ranks * _RECORD_BYTES, 0)
+        try:
+            records = [json.loads(data[at : at + _RECORD_BYTES]) for at in range(0, len(data), _RECORD_BYTES)]
+        except ValueError:
+            return None
+        return dict(enumerate(records))
+
+
+class Line:
+    """A rank's record on the board at ``path``."""
+
+    def __init__(self, path: Path, rank: int) -> None:
+        self._file, self._at = os.open(path, os.O_WRONLY), rank * _RECORD_BYTES
+
+    def write(self, text: str) -> None:
+        line = text.encode()
+        assert len(line) <= _RECORD_BYTES, line
+        os.pwrite(self._file, line.ljust(_RECORD_BYTES), self._at)
+
+
+@dataclass(frozen=True)
+class Hang:
+    """The ranks whose end ends the hang, as process ids by rank, and why, in words."""
+
+    processes: dict[int, int]
+    words: str
+
+
+class Watch:
+    """Looks at one attempt of a run, every fraction of a second. ``factor``: ``recovery.hang_factor``."""
+
+    def __init__(self, factor: float) -> None:
+        self._factor = factor
+        self._looked: float | None = None
+        self._seen_seconds = 0.0
+        self._progress: tuple[Any, ...] = ()
+        self._progress_at = 0.0
+        self._before: deque[tuple[float, Readings]] = deque()
+
+    def look(self, now: float, readings: Readings) -> Hang | None:
+        """``readings``: of all ranks, at ``now``, in seconds of a clock that only goes forward."""
+        gap = 0.0 if self._looked is None else now - self._looked
+        self._looked = now
+        self._seen_seconds += min(gap, LONGEST_GAP_SECONDS)
+        progress = tuple((record["step"], record["stepping"]) for record in readings.values())
+        stepping = any(record["stepping"] for record in readings.values())
+        if progress != self._progress or not stepping:
+            self._progress, self._progress_at = progress, self._seen_seconds
+        self._before.append((self._seen_seconds, readings))
+        while len(self._before) > 1 and self._before[1][0] <= self._seen_seconds - SILENT_SECONDS:
+            self._before.popleft()
+        medians = [m for record in readings.values() if (m := record["median_step_seconds"]) is not None]
+        lasted = self._seen_seconds - self._progress_at
+        if not medians or lasted <= max(SHORTEST_SECONDS, self._factor * max(medians)):
+            return None
+        blame = judge(self._before[0][1], readings) or Blame(
+            tuple(readings), "all ranks wait for each other, as if one had left out a message"
+        )
+        words = f"{blame.words}; no rank came further for {lasted:.1f} s, where a step takes {max(medians):.2g} s"
+        return Hang({rank: readings[rank]["pid"] for rank in blame.ranks}, words)

@@ -1,0 +1,115 @@
+"""A hang is told from a slow step, a pause and a rest between steps; and the right rank is named."""
+
+import json
+import os
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch.hang import LONGEST_GAP_SECONDS, SHORTEST_SECONDS, Board, Hang, Line, Readings, Watch
+from parallel.activity import COMPUTING, Activity
+
+LOOK_SECONDS = 0.05
+RANKS = 3
+
+
+def record(beat: int, step: int = 7, operation: str = "dispatch", **changes: Any) -> dict[str, Any]:
+    return {
+        "beat": beat,
+        "pid": 100,
+        "step": step,
+        "stepping": True,
+        "median_step_seconds": 0.2,
+        "computing": "F1.0",
+        "operation": operation,
+        "peers": [],
+        "seconds": 0.1 * beat,
+        **changes,
+    }
+
+
+def watched(
+    seconds: float, readings: Any, factor: float = 10.0, watch: Watch | None = None
+) -> tuple[float, Hang] | None:
+    """What the watch sees in so many seconds: when, and what. ``readings(beat)``: of all ranks."""
+    watch = watch or Watch(factor)
+    for look in range(int(seconds / LOOK_SECONDS)):
+        now = look * LOOK_SECONDS
+        found = watch.look(now, readings(int(10 * now)))
+        if found is not None:
+            return now, found
+    return None
+
+
+def everyone(beat: int, **changes: Any) -> dict[int, dict[str, Any]]:
+    return {rank: record(beat, pid=100 + rank, **changes) for rank in range(RANKS)}
+
+
+def test_a_stopped_rank_is_named_after_ten_median_steps() -> None:
+    def readings(beat: int) -> Readings:
+        return everyone(beat) | {2: record(3, pid=102, computing="B0.4")}
+
+    found = watched(10, readings)
+    assert found is not None
+    when, hang = found
+    assert 2.0 < when < 2.3
+    assert hang.processes == {2: 102}
+    assert "rank 2 is silent, dead or stopped, last seen in dispatch (B0.4, step 7)" in hang.words
+
+
+def test_a_rank_that_computes_while_others_wait_is_named_and_a_quick_step_hangs_after_a_second() -> None:
+    def readings(beat: int) -> Readings:
+        late = {0: record(beat, pid=100, operation=COMPUTING, seconds=0.1 * beat, median_step_seconds=0.01)}
+        return everyone(beat, median_step_seconds=0.01) | late
+
+    found = watched(10, readings)
+    assert found is not None
+    assert SHORTEST_SECONDS < found[0] < SHORTEST_SECONDS + 0.3
+    assert found[1].processes == {0: 100} and "rank 0 did not come" in found[1].words
+
+
+def test_nobody_is_spared_when_all_wait_for_each_other() -> None:
+    found = watched(10, everyone)
+    assert found is not None and found[1].processes == {rank: 100 + rank for rank in range(RANKS)}
+
+
+@given(st.lists(st.floats(0.05, 1.9), min_size=1, max_size=20))
+def test_steps_below_the_limit_are_no_hang(durations: list[float]) -> None:
+    ends = [sum(durations[: n + 1]) for n in range(len(durations))]
+
+    def readings(beat: int) -> Readings:
+        return everyone(beat, step=sum(end <= 0.1 * beat for end in ends))
+
+    assert watched(ends[-1], readings) is None
+
+
+def test_what_is_no_step_or_has_no_measure_yet_is_no_hang() -> None:
+    assert watched(60, lambda beat: everyone(3, stepping=False)) is None
+    assert watched(60, lambda beat: everyone(3, median_step_seconds=None)) is None
+
+
+def test_a_watch_that_was_stopped_with_the_ranks_blames_nobody() -> None:
+    watch = Watch(10.0)
+    assert watched(1, everyone, watch=watch) is None
+    # The machine slept for an hour; then all go on.
+    for look in range(10):
+        assert watch.look(3600 + look * LOOK_SECONDS, everyone(10 + look)) is None
+    assert 10 * LOOK_SECONDS + LONGEST_GAP_SECONDS < 1.0
+
+
+def test_the_board_has_what_a_rank_does() -> None:
+    with Board(2) as board:
+        assert board.read() is None, "nobody has written yet"
+        first, second = Activity(0), Activity(1)
+        for rank, activity in enumerate((first, second)):
+            Line(board.path, rank).write(json.dumps(activity.record(1)))
+        with second.in_step(5), second.waiting("dispatch", [0]):
+            Line(board.path, 1).write(json.dumps(second.record(2)))
+        readings = board.read()
+        assert readings is not None
+        assert readings[0]["operation"] == COMPUTING and not readings[0]["stepping"]
+        assert (readings[1]["operation"], readings[1]["peers"], readings[1]["step"]) == ("dispatch", [0], 5)
+        assert readings[1]["stepping"] and readings[1]["pid"] == os.getpid()
+        board.clear()
+        assert board.read() is None
