@@ -1,6 +1,6 @@
 """What each ``model.recompute`` keeps, and what it costs: bytes a token in a layer, and the time of a step on a CPU.
 
-    python -m benchmarks.recompute [CONFIG] [--rounds 7] [--json]
+    python -m benchmarks.recompute [CONFIG] [key=value ...] [--rounds 7] [--json]
 
 The model of CONFIG (configs/tiny-cpu.yaml) trains in one process, on one thread, in each precision. Policies take
 turns; a time is the median of a step's CPU time, a ratio one of medians. Bytes are those of the tensors that are alive
@@ -45,6 +45,7 @@ CPU = torch.device("cpu")
 
 def kept_bytes(config: ModelConfig, layer: int, precision: Precision, length: int, sequences: int) -> int:
     """Bytes that a forward of one layer leaves alive on a CPU, its input counted, and not its output, which goes on."""
+    config = replace(config, num_hidden_layers=layer + 2)  # with a layer behind it, and so without the head
     model = Transformer(config, [layer], range(config.n_routed_experts))
     initialise(model, seed=1)
     model.to(torch.float32 if precision == "fp32" else torch.bfloat16)
@@ -142,12 +143,13 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m benchmarks.recompute", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("config", nargs="?", default=str(CONFIG), metavar="CONFIG", help="YAML configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it, as model.num_hidden_layers=2")
     parser.add_argument("--rounds", type=int, default=7, help="measured turns of each policy")
     parser.add_argument("--json", action="store_true", help="print one JSON object; the tables go to stderr")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     torch.set_num_threads(1)
     keep_memory()
-    result = measure(load(options.config), options.rounds)
+    result = measure(load(options.config, options.overrides), options.rounds)
     print_result(Console(stderr=options.json, width=130), result)
     if options.json:
         print(json.dumps(result))
