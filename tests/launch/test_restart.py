@@ -33,9 +33,13 @@ def test_a_run_goes_on_by_itself_until_its_restarts_are_used_up(config: Path, tm
         timeout=120,
     )
     assert result.returncode == 1
-    own, restart, last = result.stderr.splitlines()
+    own, *peers, last = result.stderr.splitlines()
     assert own.startswith("error: rank 0: InjectedError: raised by a drill (traceback in ")
-    assert restart == "rank 0 failed: InjectedError: raised by a drill; restart 1 of 1, from the newest checkpoint"
+    restart = "rank 0 failed: InjectedError: raised by a drill; restart 1 of 1, from the newest checkpoint"
+    assert restart in peers
+    peers.remove(restart)
+    # Whoever waited for the dead one says so, unless it was ended before it could.
+    assert all(line.startswith(("error: rank 0: ", "error: rank 1: ")) for line in peers), peers
     assert last == (
         "error: rank 1 was ended by SIGKILL; recovery.max_restarts=1 is used up; to go on, give the same command"
     )
