@@ -78,7 +78,8 @@ def start(config: Config, arguments: argparse.Namespace) -> int:
         _board(config) as board,
     ):
         arguments.board = board and board.path
-        _pass_signals_on()
+        arguments.asked = multiprocessing.get_context("forkserver").Event()
+        _pass_signals_on(arguments.asked)
         try:
             return _start(config, arguments, server, scratch, board)
         except SignalException as stopped:
@@ -281,8 +282,9 @@ def _attempt(
     return None
 
 
-def _pass_signals_on() -> None:
-    """Make a signal what torch's launcher passes on to all ranks; repeats within a moment are the same request."""
+def _pass_signals_on(asked: multiprocessing.synchronize.Event) -> None:
+    """Make a signal what torch's launcher passes on to all ranks, and set ``asked``, because torch sends the same
+    signal when a rank has died; repeats within a moment are the same request."""
     last = -ONE_REQUEST_SECONDS
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -290,6 +292,7 @@ def _pass_signals_on() -> None:
         if time.monotonic() - last < ONE_REQUEST_SECONDS:
             return
         last = time.monotonic()
+        asked.set()
         if not multiprocessing.active_children():  # no rank that could say it
             say_not_begun()
         raise SignalException("asked to stop", sigval=signal.Signals(number))

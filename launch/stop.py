@@ -11,11 +11,15 @@ import signal
 import sys
 import threading
 import time
+from multiprocessing.synchronize import Event
 from types import FrameType
 
 ONE_REQUEST_SECONDS = 2.0
 """One Ctrl-C reaches a rank twice, from the terminal and from the launcher: what follows within this time is the same
 request."""
+
+ASKED_SECONDS = 0.5
+"""A signal to a whole group of processes reaches the launcher and its ranks in any order; in this time, both."""
 
 
 class Stopped(BaseException):
@@ -51,13 +55,14 @@ class StopRequest:
 
     Until ``graceful`` is set there is no step to finish, and a signal ends the process at once, with status 128 + N.
     Asked again, after ``ONE_REQUEST_SECONDS``, it ends at once too. The rank that ``leads`` says what happens. Signals
-    that the process was started with blocked are let in here.
+    that the process was started with blocked are let in here. ``asked``: set by a launcher that passes a signal on;
+    SIGTERM is also what torch sends to those that outlive another rank, and then nobody is told that the run stops.
     """
 
-    def __init__(self, leads: bool) -> None:
+    def __init__(self, leads: bool, asked: Event | None = None) -> None:
         self.signal: int | None = None
         self.graceful = False
-        self._leads = leads
+        self._leads, self._asked = leads, asked
         self._when = 0.0
         arrivals, wakeup = os.pipe()
         os.set_blocking(wakeup, False)
@@ -92,7 +97,8 @@ class StopRequest:
             os._exit(128 + number)
         if self.signal is None:
             self.signal, self._when = number, time.monotonic()
-            self._say("stopping after this step; asked again, at once")
+            if number != signal.SIGTERM or self._asked is None or self._asked.wait(ASKED_SECONDS):
+                self._say("stopping after this step; asked again, at once")
         elif time.monotonic() - self._when > ONE_REQUEST_SECONDS:
             self._say("stopped at once; to go on from the last checkpoint, give the same command")
             os._exit(128 + number)

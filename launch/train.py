@@ -62,8 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser().parse_intermixed_args(argv)
     except ConfigError as error:
         return _refuse(error)
-    # Under torchrun, nobody tells a rank what it recovers from, keeps memory for it, or watches it for hangs.
-    arguments.recovering = arguments.memory = arguments.board = None
+    # Under torchrun, nobody tells a rank what it recovers from and who asked it to stop, keeps memory for it, or
+    # watches it for hangs.
+    arguments.recovering = arguments.asked = arguments.memory = arguments.board = None
     arguments.command = invocation(sys.argv[0], os.environ, Path.cwd())
     return as_rank(arguments) if "RANK" in os.environ else as_launcher(arguments)
 
@@ -146,7 +147,7 @@ def _refuse(error: Exception) -> int:
 def _run(config: Config, arguments: argparse.Namespace) -> int:
     from launch.rank import device_of, leave, place, prepare
 
-    request = stop.StopRequest(leads=os.environ.get("RANK") == "0")
+    request = stop.StopRequest(leads=os.environ.get("RANK") == "0", asked=arguments.asked)
     here = place(os.environ)
     folder = RunFolder(config)
     try:

@@ -38,7 +38,7 @@ def test_a_run_goes_on_by_itself_until_its_restarts_are_used_up(config: Path, tm
     restart = "rank 0 failed: InjectedError: raised by a drill; restart 1 of 1, from the newest checkpoint"
     assert restart in peers
     peers.remove(restart)
-    # Whoever waited for the dead one says so, unless it was ended before it could.
+    # Whoever waited for the dead one says so, unless it was ended before it could; nobody is told of a wish to stop.
     assert all(line.startswith(("error: rank 0: ", "error: rank 1: ")) for line in peers), peers
     assert last == (
         "error: rank 1 was ended by SIGKILL; recovery.max_restarts=1 is used up; to go on, give the same command"
