@@ -1,9 +1,10 @@
 """Tells a hang from a slow step, from beside the ranks, and says who is to blame.
 
 Every rank writes down what it is doing ten times a second (``parallel/activity.py``), in memory that the launcher
-holds. A hang is a training step in which no rank has come further for ``recovery.hang_factor`` times the median step,
-and at least a second. Between steps, while a checkpoint is written or the model validated, nothing is a hang: those
-take as long as they take, and ``train.timeout_seconds`` is their limit.
+holds. A hang is a training step in which no rank has come further, from one slot of the program to the next, for
+``recovery.hang_factor`` times the median step, and at least a second: a step that is long because its batch has grown
+has more slots, and is none. Between steps, while a checkpoint is written or the model validated, nothing is a hang:
+those take as long as they take, and ``train.timeout_seconds`` is their limit.
 """
 
 import json
@@ -97,7 +98,7 @@ class Watch:
         gap = 0.0 if self._looked is None else now - self._looked
         self._looked = now
         self._seen_seconds += min(gap, LONGEST_GAP_SECONDS)
-        progress = tuple((record["step"], record["stepping"]) for record in readings.values())
+        progress = tuple((record["step"], record["stepping"], record["turns"]) for record in readings.values())
         stepping = any(record["stepping"] for record in readings.values())
         if progress != self._progress or not stepping:
             self._progress, self._progress_at = progress, self._seen_seconds

@@ -32,6 +32,7 @@ SILENT_BEATS = 4
 COMPUTING = "computing"
 STEPS_KEPT = 32
 """Of the last so many steps the median is published; the first, which warms up, is none of them."""
+PEERS_PUBLISHED = 16
 COMMUNICATION = ("onnection", "gloo", "NCCL")
 """Of which an error of torch.distributed has one in its words."""
 
@@ -53,7 +54,11 @@ class LostPeer(RuntimeError):
         self.operation, self.peers, self.timed_out, self.verdict = operation, tuple(peers), timed_out, verdict
         cause = "nobody came in time" if timed_out else "the connection broke"
         names = "ranks" if len(peers) > 1 else "rank"
-        whom = f" with {names} {', '.join(map(str, peers))}" if len(peers) <= 16 else f" with {len(peers)} ranks"
+        whom = (
+            f" with {names} {', '.join(map(str, peers))}"
+            if len(peers) <= PEERS_PUBLISHED
+            else f" with {len(peers)} ranks"
+        )
         super().__init__(f"{operation}{whom if peers else ''}: {verdict or cause}")
 
 
@@ -84,6 +89,7 @@ class Activity:
         self._describe = describe
         self._waiting: Record | None = None
         self._since = time.monotonic()
+        self._turns = 0
         self._step_seconds: deque[float] = deque(maxlen=STEPS_KEPT)
         self._steps = 0
         self.step, self.stepping = 0, False
@@ -105,6 +111,7 @@ class Activity:
     def computes(self, what: Any) -> None:
         """From here on this rank is in ``what``, until it waits or is in something else."""
         self._computing, self._since = what, time.monotonic()
+        self._turns += 1
 
     @contextmanager
     def waiting(self, operation: str, peers: Sequence[int]) -> Iterator[None]:
@@ -152,7 +159,8 @@ class Activity:
         weakref.finalize(self, over.set)
 
     def record(self, beat: int) -> dict[str, Any]:
-        """What is published. ``seconds``: in ``operation``; ``median_step_seconds``: None before the third step."""
+        """What is published. ``turns``: how often the rank has turned to another computation; ``seconds``: in
+        ``operation``; ``peers``: the first of them; ``median_step_seconds``: None before the third step."""
         waiting, computing, now = self._waiting, self._computing, time.monotonic()
         steps = list(self._step_seconds)
         return {
@@ -160,10 +168,11 @@ class Activity:
             "pid": os.getpid(),
             "step": self.step,
             "stepping": self.stepping,
+            "turns": self._turns,
             "median_step_seconds": statistics.median(steps) if len(steps) > 1 else None,
             "computing": self._describe(computing),
             "operation": COMPUTING if waiting is None else waiting.operation,
-            "peers": [] if waiting is None else waiting.peers,
+            "peers": [] if waiting is None else waiting.peers[:PEERS_PUBLISHED],
             "seconds": round(now - (self._since if waiting is None else waiting.since), 3),
         }
 

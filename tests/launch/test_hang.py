@@ -20,6 +20,7 @@ def record(beat: int, step: int = 7, operation: str = "dispatch", **changes: Any
         "pid": 100,
         "step": step,
         "stepping": True,
+        "turns": 0,
         "median_step_seconds": 0.2,
         "computing": "F1.0",
         "operation": operation,
@@ -84,6 +85,13 @@ def test_steps_below_the_limit_are_no_hang(durations: list[float]) -> None:
     assert watched(ends[-1], readings) is None
 
 
+def test_a_step_that_has_grown_is_no_hang_while_some_rank_comes_further() -> None:
+    def readings(beat: int) -> Readings:
+        return everyone(beat) | {1: record(beat, pid=101, operation=COMPUTING, turns=beat // 15)}
+
+    assert watched(60, readings) is None
+
+
 def test_what_is_no_step_or_has_no_measure_yet_is_no_hang() -> None:
     assert watched(60, lambda beat: everyone(3, stepping=False)) is None
     assert watched(60, lambda beat: everyone(3, median_step_seconds=None)) is None
@@ -104,12 +112,13 @@ def test_the_board_has_what_a_rank_does() -> None:
         first, second = Activity(0), Activity(1)
         for rank, activity in enumerate((first, second)):
             Line(board.path, rank).write(json.dumps(activity.record(1)))
-        with second.in_step(5), second.waiting("dispatch", [0]):
+        second.computes("F1.0")
+        with second.in_step(5), second.waiting("dispatch", range(1000)):
             Line(board.path, 1).write(json.dumps(second.record(2)))
         readings = board.read()
         assert readings is not None
         assert readings[0]["operation"] == COMPUTING and not readings[0]["stepping"]
-        assert (readings[1]["operation"], readings[1]["peers"], readings[1]["step"]) == ("dispatch", [0], 5)
+        assert (readings[1]["operation"], readings[1]["turns"], readings[1]["step"]) == ("dispatch", 1, 5)
         assert readings[1]["stepping"] and readings[1]["pid"] == os.getpid()
         board.clear()
         assert board.read() is None

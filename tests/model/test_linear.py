@@ -59,8 +59,8 @@ def plain(module: nn.Module, x: Tensor, gy: Tensor, *rest: Tensor) -> tuple[Tens
 
 
 def assert_near(got: Tensor, exact: Tensor, rounding: float = 0.0) -> None:
-    """Within FP32's error of a short sum of terms of order one, however they cancel, and one rounding of the result to a
-    narrower format."""
+    """Within FP32's error of a short sum of terms of order one, however they cancel, and one rounding of the result to
+    a narrower format."""
     tolerance = FP32 * max(1.0, exact.abs().max().item()) if exact.numel() else 0.0
     torch.testing.assert_close(got.double(), exact, rtol=rounding, atol=tolerance)
 
