@@ -201,7 +201,7 @@ class RecoveryConfig:
     hang_factor: float = 0.0
     """A step in which no rank comes further for so many median steps, and at least a second, hangs: the rank that is
     to blame is named and killed, as if it had died. 0 leaves hangs to train.timeout_seconds; otherwise at least 2, and
-    Linux; under torchrun nobody watches."""
+    Linux and the launcher of ``dualpipe train``: under torchrun nobody watches."""
 
     def __post_init__(self) -> None:
         for key in ("max_restarts", "replicate_every", "max_bad_steps", "hash_every"):

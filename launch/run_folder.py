@@ -45,19 +45,25 @@ class RunFolder:
             if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
                 raise ConfigError(f"run.dir={self.path} has checkpoints but no config.yaml: it is no run to go on with")
             return []
-        refused, recorded = resume_differences(self._stored_config(), config)
+        stored_config, stored = self._stored_config(), self._stored_fingerprint()
+        if not self._has_trained():
+            return []  # a start that was refused, or died before its first step, binds nobody
+        refused, recorded = resume_differences(stored_config, config)
         if refused:
             raise ConfigError(
                 f"run.dir={self.path} holds another run ({'; '.join(refused)}): choose another run.dir, "
                 f"or give the values of the run"
             )
-        stored = self._stored_fingerprint()
         if stored != fingerprint:
             raise ConfigError(
                 f"{_setting(config)} other text than the run in run.dir={self.path} trained "
                 f"on (SHA-256 {fingerprint[:12]}, the run has {stored[:12]}; 'stdlib' differs between Python versions)"
             )
         return [line for line in recorded if not line.startswith("run.dir:")]
+
+    def _has_trained(self) -> bool:
+        steps = self.metrics_file.exists() and self.metrics_file.stat().st_size > 0
+        return steps or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
 
     def _stored_config(self) -> Config:
         try:

@@ -98,7 +98,7 @@ class StopRequest:
         if self.signal is None:
             self.signal, self._when = number, time.monotonic()
             if number != signal.SIGTERM or self._asked is None or self._asked.wait(ASKED_SECONDS):
-                self._say("stopping after this step; asked again, at once")
+                self._say("stopping after this step; asked once more, it stops at once")
         elif time.monotonic() - self._when > ONE_REQUEST_SECONDS:
             self._say("stopped at once; to go on from the last checkpoint, give the same command")
             os._exit(128 + number)

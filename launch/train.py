@@ -152,6 +152,7 @@ def _run(config: Config, arguments: argparse.Namespace) -> int:
     folder = RunFolder(config)
     try:
         check_world_size(config, here.world_size)
+        check_supervision(config, arguments)
         device = device_of(config, here)
         prepare(config, here, device)
         from launch.trainer import Trainer
@@ -165,6 +166,17 @@ def _run(config: Config, arguments: argparse.Namespace) -> int:
         if isinstance(error, OSError) and (error.errno in NO_ROOM or _is_inside(error, folder)):
             raise ConfigError(f"run.dir={folder.path} cannot be written: {error.strerror}") from error
         return _fail(folder, here.rank, error, request)
+
+
+def check_supervision(config: Config, arguments: argparse.Namespace) -> None:
+    """Refuse what only a launcher of our own can do. Raises ConfigError."""
+    for key, held in (("replicate_every", arguments.memory), ("hang_factor", arguments.board)):
+        value = getattr(config.recovery, key)
+        if value and held is None:
+            raise ConfigError(
+                f"recovery.{key}={value} must be 0 under torchrun, whose agents keep no memory for ranks and do not "
+                "watch what they do"
+            )
 
 
 def _is_inside(error: OSError, folder: RunFolder) -> bool:

@@ -141,10 +141,7 @@ class Trainer:
         every, memory = self.config.recovery.replicate_every, self.arguments.memory
         if not every:
             return None
-        if memory is None:
-            raise ConfigError(
-                f"recovery.replicate_every={every} must be 0 under torchrun, whose agents keep no memory for the ranks"
-            )
+        assert memory is not None, "refused before"
 
         def open_regions() -> Replica:
             try:

@@ -185,7 +185,7 @@ class Activity:
             if not known:
                 before = self.read()
                 time.sleep(SILENT_BEATS * self._beat_s)
-                found = judge(before, self.read())
+                found = judge(before, self.read(), self.rank)
                 known = self._store.compare_set("activity/verdict", "", found.words).decode() if found else ""
             return known or None
         return None
@@ -199,15 +199,17 @@ class Blame:
     words: str
 
 
-def judge(before: Mapping[int, Mapping[str, Any]], after: Mapping[int, Mapping[str, Any]]) -> Blame | None:
+def judge(
+    before: Mapping[int, Mapping[str, Any]], after: Mapping[int, Mapping[str, Any]], reader: int | None = None
+) -> Blame | None:
     """Who keeps the others waiting, from two readings of all records, ``SILENT_BEATS`` beats apart; None when everyone
-    lives and waits."""
-    silent = tuple(rank for rank in after if after[rank]["beat"] == before[rank]["beat"])
+    lives and waits. ``reader``: the rank that reads, which is no silent one even if it was stopped until now."""
+    silent = tuple(rank for rank in after if rank != reader and after[rank]["beat"] == before[rank]["beat"])
     if silent:
         last = after[silent[0]]
         seen = f"{last['operation']} ({last['computing']}, step {last['step']})"
         names = f"ranks {', '.join(map(str, silent))} are" if len(silent) > 1 else f"rank {silent[0]} is"
-        return Blame(silent, f"{names} silent, dead or stopped, last seen in {seen}")
+        return Blame(silent, f"{names} silent, dead or stopped, last heard of in {seen}")
     computing = [rank for rank in after if after[rank]["operation"] == COMPUTING]
     if not computing:
         return None

@@ -84,7 +84,7 @@ def test_every_rank_names_the_one_that_was_stopped_within_the_timeout(config: Pa
     assert len(said) == 3, error
     (culprit,) = set("0123") - said.keys()
     for line in said.values():
-        assert re.match(rf"[a-z].*: rank {culprit} is silent, dead or stopped, last seen in ", line), line
+        assert re.match(rf"[a-z].*: rank {culprit} is silent, dead or stopped, last heard of in ", line), line
     assert_gone(everyone)
 
 

@@ -56,7 +56,7 @@ def test_a_stopped_rank_is_named_after_ten_median_steps() -> None:
     when, hang = found
     assert 2.0 < when < 2.3
     assert hang.processes == {2: 102}
-    assert "rank 2 is silent, dead or stopped, last seen in dispatch (B0.4, step 7)" in hang.words
+    assert "rank 2 is silent, dead or stopped, last heard of in dispatch (B0.4, step 7)" in hang.words
 
 
 def test_a_rank_that_computes_while_others_wait_is_named_and_a_quick_step_hangs_after_a_second() -> None:

@@ -22,9 +22,10 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.fixture
 def folder(config: Config) -> RunFolder:
-    """A folder in which the run was started once."""
+    """A folder in which the run took a step."""
     folder = RunFolder(config)
     folder.open(config, PRINT).close()
+    folder.metrics_file.write_text('{"step": 1}\n')
     return folder
 
 
@@ -55,6 +56,15 @@ def test_text_is_known_by_its_fingerprint_and_not_by_its_name(folder: RunFolder,
     elsewhere = replace(config, data=replace(config.data, source="./elsewhere.txt"))
     assert folder.changes(elsewhere, PRINT) == ["data.source: run has 'stdlib', given './elsewhere.txt'"]
     assert "data.source='stdlib' holds other text" in refusal(folder, config, "f" * 16)
+
+
+def test_a_start_that_took_no_step_binds_nobody(folder: RunFolder, config: Config) -> None:
+    other = replace(config, train=replace(config.train, seed=7))
+    assert "train.seed" in refusal(folder, other)
+    folder.metrics_file.unlink()
+    assert folder.changes(other, "f" * 16) == []
+    (folder.checkpoints / "step-00000000").mkdir(parents=True)
+    assert "train.seed" in refusal(folder, other), "an imported run has weights and no step"
 
 
 def test_checkpoints_without_a_configuration_are_no_run(folder: RunFolder, config: Config) -> None:

@@ -73,7 +73,7 @@ def test_asked_twice_a_rank_ends_though_its_step_does_not() -> None:
     ready(process)
     assert process.stderr is not None
     process.send_signal(signal.SIGINT)
-    assert process.stderr.readline() == "stopping after this step; asked again, at once\n"
+    assert process.stderr.readline() == "stopping after this step; asked once more, it stops at once\n"
     process.send_signal(signal.SIGTERM)  # the launcher passes on what the terminal has sent already
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.7)

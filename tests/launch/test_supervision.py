@@ -1,0 +1,19 @@
+"""What only a launcher of our own does for its ranks is refused where there is none."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from launch.config import ConfigError, from_dict
+from launch.train import check_supervision
+
+
+@pytest.mark.parametrize("recovery", [{"hang_factor": 5.0}, {"replicate_every": 1, "max_restarts": 1}])
+def test_under_torchrun_what_nobody_does_is_refused(recovery: dict[str, float], tmp_path: Path) -> None:
+    train = {"steps": 1, "sequence_length": 8, "global_batch_size": 4}
+    config = from_dict({"train": train, "run": {"dir": str(tmp_path)}, "recovery": recovery})
+    key = next(iter(recovery))
+    with pytest.raises(ConfigError, match=rf"^recovery\.{key}=\S+ must be 0 under torchrun"):
+        check_supervision(config, argparse.Namespace(memory=None, board=None))
+    check_supervision(config, argparse.Namespace(memory=[], board=tmp_path))
