@@ -6,6 +6,7 @@ with zero moments, readable on any layout. Weights go over a tensor at a time.
 
 import argparse
 import itertools
+import math
 import os
 import shlex
 import shutil
@@ -17,7 +18,7 @@ from typing import Any
 
 from launch.aside import built_aside
 from launch.command import Parser, progress_bar, reported
-from launch.config import Config, RunConfig, from_dict
+from launch.config import Config, ConfigError, RunConfig, from_dict
 from launch.config_file import apply
 from launch.data import open_dataset
 from launch.model_folder import ORIGIN, ORIGIN_FILES, HuggingFaceModel, open_hugging_face
@@ -27,6 +28,7 @@ from launch.tokenizer import FILE, is_byte_tokenizer
 from launch.train import invocation
 from model.huggingface import Published, published
 from model.size import size
+from parallel.optimizer_config import OptimizerConfig
 
 _EPILOG = """\
 example:
@@ -88,18 +90,43 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _configuration(theirs: HuggingFaceModel, run: Path, own_tokenizer: bool, overrides: Sequence[str]) -> Config:
-    """One rank, a short run, and all else from the model and the overrides."""
+    """One rank, a short run whose warm-up and checkpoints are in proportion to it, and all else from the model and the
+    overrides. Raises ConfigError."""
     context = theirs.config.original_max_position_embeddings
     values: dict[str, Any] = {
         "model": asdict(theirs.config),
         "train": {"steps": 100, "sequence_length": min(context, 1024), "global_batch_size": 8},
+        "optimizer": {"warmup_steps": 0},
     }
     if own_tokenizer:
         values["data"] = {"tokenizer": str(theirs.path)}
     for override in overrides:
         apply(Config, values, override)
     values["run"] = {"dir": str(run)}
-    return from_dict(values)
+    config = from_dict(values)
+    _check_context(config)
+    given = {override.partition("=")[0].strip() for override in overrides}
+    steps, warmup, every = config.train.steps, config.optimizer.warmup_steps, config.checkpoint.every
+    if "optimizer.warmup_steps" not in given and not config.phases.learning_rate:
+        warmup = min(OptimizerConfig().warmup_steps, steps // 10)
+    if "checkpoint.every" not in given:
+        every = min(1000, -(-steps // 4))
+    return replace(
+        config,
+        optimizer=replace(config.optimizer, warmup_steps=warmup),
+        checkpoint=replace(config.checkpoint, every=every),
+    )
+
+
+def _check_context(config: Config) -> None:
+    """Refuse sequences that go beyond the positions that the model knows."""
+    original = config.model.original_max_position_embeddings
+    context, length = round(original * config.model.yarn_factor), config.train.sequence_length
+    if length > context:
+        raise ConfigError(
+            f"train.sequence_length={length} must be at most {context}, the model's max_position_embeddings; "
+            f"model.yarn_factor={math.ceil(length / original)} stretches it"
+        )
 
 
 def _write_weights(theirs: HuggingFaceModel, config: Config, checkpoint: Path) -> None:

@@ -166,6 +166,11 @@ def test_overrides_are_those_of_the_run(theirs: Path, tmp_path: Path, text: Path
     run = open_run(tmp_path / "run")
     assert run.config.model.yarn_factor == 4 and run.config.train.seed == 9
     assert run.config.run.dir == str(tmp_path / "run")
+    assert (run.config.optimizer.warmup_steps, run.config.checkpoint.every) == (10, 25), "of the 100 steps of the run"
+    own = ["train.steps=7", "optimizer.warmup_steps=3", "checkpoint.every=0"]
+    assert import_model(theirs, tmp_path / "own", text, *own) == 0
+    config = load(tmp_path / "own" / "config.yaml")
+    assert (config.optimizer.warmup_steps, config.checkpoint.every) == (3, 0)
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, kind: Any, method: str, calls: int) -> None:

@@ -71,6 +71,7 @@ def test_a_folder_that_is_no_whole_model_is_refused_and_nothing_is_written(
     ("overrides", "message"),
     [
         (["train.stepz=1"], "train.stepz is not a key of the configuration"),
+        (["train.sequence_length=4097"], "train.sequence_length=4097 must be at most 4096, the model's max_position"),
         (["data.source=nowhere"], "data.source='nowhere' must name at least one .txt, .jsonl or .parquet file"),
         (["train.global_batch_size=3", "layout.data=2"], "train.global_batch_size=3 must be divisible"),
         (["model.hidden_size=24"], "has the shape [264, 16]; expected is [264, 24]"),
