@@ -329,7 +329,7 @@ def resume_differences(old: Config, new: Config) -> tuple[list[str], list[str]]:
     for key, value in _flatten(to_dict(old)):
         if value != new_values[key]:
             fixed = key in _FIXED or (key.startswith("model.") and key not in _FREE)
-            line = f"{key}: run has {show(value)}, given {show(new_values[key])}"
+            line = f"{key}: run has {_typed(value)}, given {_typed(new_values[key])}"
             (refused if fixed else recorded).append(line)
     return refused, recorded
 
@@ -413,6 +413,13 @@ def _check(holds: bool, key: str, value: object, rule: str) -> None:
 def _check_count(key: str, value: int, least: int = 0, limit: int = COUNT_LIMIT) -> None:
     _check(value >= least, key, value, f"must be at least {least}" if least else "must not be negative")
     _check(value < limit, key, value, f"must be below {limit}")
+
+
+def _typed(value: Any) -> str:
+    """A value as an override has it; lists of mappings too."""
+    if not isinstance(value, (tuple, list)):
+        return show(value)
+    return dump_yaml(value, one_line=True).strip()
 
 
 def _flatten(values: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,7 @@ wins in silence. Loader and dumper here share the narrower rules of YAML 1.2's c
 read back as it was.
 """
 
+import math
 import re
 from typing import Any
 
@@ -38,9 +39,13 @@ def load_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 
-def dump_yaml(value: Any) -> str:
-    """Block-style YAML, in the mapping's own order, that ``load_yaml`` reads back as an equal value."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+def dump_yaml(value: Any, one_line: bool = False) -> str:
+    """YAML, in the mapping's own order, that ``load_yaml`` reads back as an equal value; in block style, or a list or
+    mapping in flow style on one line."""
+    width = math.inf if one_line else None
+    return yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=one_line, width=width
+    )
 
 
 class _Loader(yaml.SafeLoader):

@@ -2,14 +2,17 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launch.config import Config, ConfigError, from_dict
+from launch.config_file import apply
 from launch.run_folder import RunFolder
 from parallel import checkpoint
+from parallel.phases import Phase, PhasesConfig
 
 PRINT = "0123456789abcdef"
 
@@ -65,6 +68,23 @@ def test_a_start_that_took_no_step_binds_nobody(folder: RunFolder, config: Confi
     assert folder.changes(other, "f" * 16) == []
     (folder.checkpoints / "step-00000000").mkdir(parents=True)
     assert "train.seed" in refusal(folder, other), "an imported run has weights and no step"
+
+
+def test_changes_are_written_as_one_types_them(folder: RunFolder, config: Config) -> None:
+    rates = (Phase(2.2e-4, "5 steps", "linear"), Phase(2.2e-4))
+    changed = replace(
+        config,
+        model=replace(config.model, recompute=("norm", "swiglu")),
+        phases=PhasesConfig(learning_rate=rates),
+        optimizer=replace(config.optimizer, warmup_steps=0),
+    )
+    values: dict[str, Any] = {"train": asdict(config.train), "run": asdict(config.run)}
+    lines = folder.changes(changed, PRINT)
+    assert "model.recompute: run has [], given [norm, swiglu]" in lines
+    for line in lines:
+        key, _, rest = line.partition(": run has ")
+        apply(Config, values, f"{key}={rest.split(', given ')[1]}")
+    assert from_dict(values) == changed
 
 
 def test_checkpoints_without_a_configuration_are_no_run(folder: RunFolder, config: Config) -> None:
