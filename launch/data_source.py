@@ -123,6 +123,7 @@ def find_source(source: str, key: str = "data.source", text_field: str = "text")
     that is itself called stdlib is ./stdlib.
     """
     setting = f"{key}={show(source)}"
+    indexed = ""
     try:
         path = Path(source).expanduser()
         if source == "stdlib":
@@ -130,6 +131,7 @@ def find_source(source: str, key: str = "data.source", text_field: str = "text")
             files = _below(library, (".py",), _NOT_LIBRARY)
         elif path.is_dir():
             files = _below(path, _SUFFIXES, set())
+            indexed = "" if files else _prefixes(path)
         elif path.exists():
             files = [path]
             if not path.is_file():
@@ -145,9 +147,22 @@ def find_source(source: str, key: str = "data.source", text_field: str = "text")
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"{setting} must be readable: {reason}") from None
     if not files:
-        kinds = ".py" if source == "stdlib" else _KINDS
-        raise DataError(f"{setting} must name at least one {kinds} file, and none was found")
+        if source == "stdlib":
+            raise DataError(f"{setting} must name at least one .py file, and none was found")
+        if indexed:
+            raise DataError(f"{setting} must name Megatron's files by their prefix, not their folder; it has {indexed}")
+        raise DataError(
+            f"{setting} must name at least one {_KINDS} file, or what Megatron's PREFIX.bin and PREFIX.idx begin with, "
+            "and none was found"
+        )
     return Source(setting, tuple(files), text_field)
+
+
+def _prefixes(folder: Path) -> str:
+    """Megatron's data sets below a folder, as ``data.source`` names them; no more than three."""
+    found = [path.with_suffix("") for path in _below(folder, (".idx",), set()) if path.with_suffix(".bin").is_file()]
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return ", ".join(map(str, found[:3])) + more
 
 
 def _below(folder: Path, suffixes: tuple[str, ...], skipped: set[str]) -> list[Path]:

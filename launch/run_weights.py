@@ -56,7 +56,9 @@ class RunWeights:
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._held: tuple[tuple[str, int], Tensor] | None = None
         if ema and not any(key.startswith("ema.") for key in self._metadata.state_dict_metadata):
-            raise CheckpointError(f"--ema: {path} has no average; optimizer.ema_decay above 0 keeps one")
+            raise CheckpointError(
+                f"--ema: {path} has no average; optimizer.ema_decay above 0 keeps one, which begins with training"
+            )
 
     def check(self, tensors: Sequence[Published]) -> None:
         """Refuse a checkpoint of another model: parameters that lack, are of another size, or are no part of it."""

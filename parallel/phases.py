@@ -291,9 +291,10 @@ def _batch_ends(phase: Phase, at: int, before: int, multiple: int) -> tuple[int,
     if phase.shape == "cosine":
         raise ValueError(f"{name}.shape=cosine must be constant or linear")
     start = before if phase.start is None else phase.start
+    ends = [("start", start), ("end", phase.end)]
     if phase.shape == "constant":
-        start = phase.end
-    for key, value in (("start", start), ("end", phase.end)):
+        start, ends = phase.end, ends[1:]
+    for key, value in ends:
         if value < 1 or value % multiple:
             raise ValueError(
                 f"{name}.{key}={value:g} must be a whole number of sequences, above 0 and a multiple of "

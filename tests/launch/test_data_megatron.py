@@ -180,6 +180,14 @@ def test_a_token_beyond_the_vocabulary_is_found_when_it_is_read(tmp_path: Path) 
     assert not is_users(failed.value), "one rank knows: it must not leave the words to rank 0"
 
 
+def test_a_folder_of_indexed_files_is_answered_with_their_prefixes(prefix: Path) -> None:
+    with pytest.raises(DataError) as refused:
+        open_dataset(configured(prefix.parent))
+    assert str(refused.value).endswith(f"must name Megatron's files by their prefix, not their folder; it has {prefix}")
+    with pytest.raises(DataError, match=r"or what Megatron's PREFIX\.bin and PREFIX\.idx begin with, and none"):
+        open_dataset(configured(f"{prefix}_text"))
+
+
 def test_tokens_cannot_be_filled_in(prefix: Path) -> None:
     config = configured(prefix, fill_in_middle=0.1)
     wide = replace(config, model=replace(config.model, vocab_size=260))

@@ -140,6 +140,10 @@ def run_values(**phases: Any) -> RunValues:
         ),
         (lambda: {"global_batch_size": (Phase(10, "4 steps", "cosine", 5),)}, "cosine must be constant or linear"),
         (lambda: {"global_batch_size": (Phase(10, "4 steps", "linear"),)}, r"\[0\].start=0 must be a whole number"),
+        (
+            lambda: {"global_batch_size": (Phase(4.5, "2 steps"), Phase(10))},
+            r"global_batch_size\[0\].end=4.5 must be a whole number",
+        ),
         (lambda: {"global_batch_size": (Phase(10),), "batch_multiple": 4}, "a multiple of phases.batch_multiple=4"),
         (lambda: {"batch_multiple": 0}, "phases.batch_multiple=0 must be at least 1"),
         (lambda: {"learning_rate": (Phase(1.0, "2 weeks"),)}, "until='2 weeks' must be a position such as"),
