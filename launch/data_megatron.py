@@ -75,6 +75,26 @@ def open_megatron(
 ) -> Corpus:
     """The corpus of an indexed data set. The documents after the first that begins behind all but
     ``validation_fraction`` of the tokens are for validation. Raises DataError."""
+    indexed = open_indexed(prefix, setting, tokenizer, vocabulary)
+    if len(indexed.tokens) < 2 * (sequence_length + 1):
+        raise too_short(setting, len(indexed.tokens), sequence_length)
+    at = _split(indexed, validation_fraction, sequence_length)
+    validation = indexed.tokens[at:]
+    decoded = validation[:_DECODED_TOKENS]
+    return Corpus(
+        name,
+        indexed.tokens[:at],
+        validation,
+        indexed.documents,
+        text_bytes(decoded, tokenizer) / len(decoded),
+        indexed.fingerprint,
+        setting,
+        vocabulary,
+    )
+
+
+def open_indexed(prefix: Path, setting: str, tokenizer: Tokenizer, vocabulary: int) -> Indexed:
+    """An indexed data set whose documents end as those of ``tokenizer``. Raises DataError."""
     try:
         indexed = read_indexed(prefix, setting, vocabulary)
     except OSError as error:
@@ -84,20 +104,7 @@ def open_megatron(
             raise
         raise DataError(f"{setting} must be readable: {error}") from None  # a NUL in the path, a file cut meanwhile
     _check_ends(indexed, setting, tokenizer.end)
-    if len(indexed.tokens) < 2 * (sequence_length + 1):
-        raise too_short(setting, len(indexed.tokens), sequence_length)
-    at = _split(indexed, validation_fraction, sequence_length)
-    validation = indexed.tokens[at:]
-    return Corpus(
-        name,
-        indexed.tokens[:at],
-        validation,
-        indexed.documents,
-        _bytes_per_token(validation[:_DECODED_TOKENS], tokenizer),
-        indexed.fingerprint,
-        setting,
-        vocabulary,
-    )
+    return indexed
 
 
 def read_indexed(prefix: Path, setting: str, vocabulary: int) -> Indexed:
@@ -197,12 +204,12 @@ def _split(indexed: Indexed, validation_fraction: float, sequence_length: int) -
     return document if document + sequence_length < len(indexed.tokens) else at
 
 
-def _bytes_per_token(tokens: Tokens, tokenizer: Tokenizer) -> float:
-    """Bytes of the text that the tokens stand for, and one for each end of a document, for each of them."""
+def text_bytes(tokens: Tokens, tokenizer: Tokenizer) -> int:
+    """Bytes of the text that the tokens stand for, and one for each end of a document."""
     ends = int((tokens == tokenizer.end).sum())
     if isinstance(tokenizer, ByteTokenizer):
-        return (int((tokens < 256).sum()) + ends) / len(tokens)
-    return (len(tokenizer.decode(tokens.tolist()).encode()) + ends) / len(tokens)
+        return int((tokens < 256).sum()) + ends
+    return len(tokenizer.decode(tokens.tolist()).encode()) + ends
 
 
 def _mapped(path: Path, dtype: np.dtype[np.integer] | str, offset: int, count: int) -> Tokens:

@@ -37,6 +37,8 @@ class Source:
     files: tuple[Path, ...]
     text_field: str
     """What holds the text in an object of a .jsonl file, or in a row of a .parquet file."""
+    field_key: str
+    """Of ``text_field``, for messages."""
 
     def identity(self) -> list[tuple[str, int, int]]:
         """(path, bytes, modification time in ns) of each file: equal as long as nobody touched them."""
@@ -72,7 +74,7 @@ class Source:
                 if not isinstance(text, str):
                     raise DataError(
                         f"{self.setting}: {path}:{number} must be a JSON object with a string "
-                        f"{self.text_field!r}, as data.text_field names it"
+                        f"{self.text_field!r}, as {self.field_key} names it"
                     )
                 # JSON can name half of a surrogate pair, which strict UTF-8 has no bytes for.
                 yield text.encode("utf-8", "surrogatepass")
@@ -109,14 +111,16 @@ class Source:
         if self.text_field not in strings:
             there = f"its columns of text are {', '.join(strings)}" if strings else "it has no column of text"
             raise DataError(
-                f"{self.setting}: data.text_field={show(self.text_field)} must be a column of text in {path}; {there}"
+                f"{self.setting}: {self.field_key}={show(self.text_field)} must be a column of text in {path}; {there}"
             )
 
     def _unreadable(self, error: OSError) -> DataError:
         return DataError(f"{self.setting} must be readable: {error.filename}: {error.strerror}")
 
 
-def find_source(source: str, key: str = "data.source", text_field: str = "text") -> Source:
+def find_source(
+    source: str, key: str = "data.source", text_field: str = "text", field_key: str = "data.text_field"
+) -> Source:
     """The files that ``source``, the value of ``key``, names. Raises DataError when there are none.
 
     A folder gives all files of documents below it, a glob those that it matches (``**`` crosses folders). A folder
@@ -155,7 +159,7 @@ def find_source(source: str, key: str = "data.source", text_field: str = "text")
             f"{setting} must name at least one {_KINDS} file, or what Megatron's PREFIX.bin and PREFIX.idx begin with, "
             "and none was found"
         )
-    return Source(setting, tuple(files), text_field)
+    return Source(setting, tuple(files), text_field, field_key)
 
 
 def _prefixes(folder: Path) -> str:

@@ -14,12 +14,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from launch.command import Parser, UsageError, reported
+from launch.config import load, show
+from launch.data_corpus import check_vocabulary
+from launch.data_megatron import find_megatron, open_indexed, text_bytes
 from launch.data_source import DataError, find_source
-from launch.model_folder import LoadedModel, load_model
+from launch.model_folder import RUN_FILE, LoadedModel, load_model
 from launch.tokenizer import Tokenizer
 from model.transformer import Transformer
 
@@ -43,6 +47,8 @@ class Evaluation:
     tokens: int
     bytes: int
     documents: int
+    sequence_length: int
+    """Tokens that the model saw at once."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,8 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         length = arguments.sequence_length
         if length is not None and not 1 <= length < 2**31:
             raise UsageError(f"--sequence-length={length} must be from 1 to 2**31 - 1")
-        documents = _documents(arguments.data)
-        result = evaluate(load_model(arguments.model, arguments.ema), documents, length)
+        prefix = find_megatron(arguments.data)
+        if prefix is None:
+            documents = _documents(arguments.data, arguments.text_field or _own_field(arguments.model))
+            result = evaluate(load_model(arguments.model, arguments.ema), documents, length)
+        else:
+            setting = f"--data={show(arguments.data)}"
+            result = evaluate_indexed(load_model(arguments.model, arguments.ema), prefix, setting, length)
         print(json.dumps(asdict(result)) if arguments.json else _text(result))
 
     return reported(command)
@@ -72,7 +83,13 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         required=True,
         metavar="FILE",
-        help="a .txt, .jsonl or .parquet file, a folder or a glob of them, or 'stdlib'",
+        help="a .txt, .jsonl or .parquet file, a folder or a glob of them, what Megatron's .bin and .idx begin with, "
+        "or 'stdlib'",
+    )
+    parser.add_argument(
+        "--text-field",
+        metavar="NAME",
+        help="what holds the text in a .jsonl or .parquet file (default: data.text_field of the run, or 'text')",
     )
     parser.add_argument(
         "--sequence-length",
@@ -87,8 +104,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _documents(data: str) -> list[bytes]:
-    documents = [text for text in find_source(data, "--data").documents() if text]
+def _own_field(model: Path) -> str:
+    """What held the text in what a run was trained on."""
+    file = model / RUN_FILE
+    return load(file).data.text_field if file.is_file() else "text"
+
+
+def _documents(data: str, text_field: str) -> list[bytes]:
+    source = find_source(data, "--data", text_field, "--text-field")
+    documents = [text for text in source.documents() if text]
     if not documents:
         raise DataError(f"--data={data} must hold text, and every document in it is empty")
     return documents
@@ -96,17 +120,34 @@ def _documents(data: str) -> list[bytes]:
 
 def evaluate(loaded: LoadedModel, documents: Sequence[bytes], sequence_length: int | None) -> Evaluation:
     """Score documents with a model; ``sequence_length`` None is the model's own."""
-    tokens = tokens_of(documents, loaded.tokenizer)
+    size = sum(map(len, documents)) + len(documents)
+    return _scored(loaded, tokens_of(documents, loaded.tokenizer), size, len(documents), sequence_length)
+
+
+def evaluate_indexed(loaded: LoadedModel, prefix: Path, setting: str, sequence_length: int | None) -> Evaluation:
+    """Score Megatron's tokens; ``setting`` begins messages. Raises DataError."""
+    vocabulary, tokenizer = loaded.model.config.vocab_size, loaded.tokenizer
+    indexed = open_indexed(prefix, setting, tokenizer, vocabulary)
+    if not len(indexed.tokens):
+        raise DataError(f"{setting} must hold text, and every document in it is empty")
+    check_vocabulary(indexed.tokens, vocabulary, setting)
+    tokens = torch.from_numpy(np.concatenate([[tokenizer.end], indexed.tokens]).astype(np.int64))
+    return _scored(loaded, tokens, text_bytes(indexed.tokens, tokenizer), indexed.documents, sequence_length)
+
+
+def _scored(loaded: LoadedModel, tokens: Tensor, size: int, documents: int, sequence_length: int | None) -> Evaluation:
+    """``size``: bytes of the text that ``tokens`` stand for, with one for each document's end."""
     length = sequence_length or loaded.sequence_length
     loss_sum = summed_loss(loaded.model, tokens, length, loaded.document_start)
-    count, size = len(tokens) - 1, sum(map(len, documents)) + len(documents)
+    count = len(tokens) - 1
     return Evaluation(
         source=loaded.source,
         loss=loss_sum / count,
         bits_per_byte=loss_sum / math.log(2) / size,
         tokens=count,
         bytes=size,
-        documents=len(documents),
+        documents=documents,
+        sequence_length=length,
     )
 
 
@@ -141,11 +182,13 @@ def windows(tokens: Tensor, length: int) -> Iterator[Tensor]:
 
 
 def _text(result: Evaluation) -> str:
+    documents = "1 document" if result.documents == 1 else f"{result.documents:,} documents"
     return "\n".join(
         [
             f"loss           {result.loss:.4f} nats a token",
             f"bits per byte  {result.bits_per_byte:.4f}",
-            f"text           {result.documents:,} documents, {result.bytes:,} bytes, {result.tokens:,} tokens",
+            f"text           {documents}, {result.bytes:,} bytes, {result.tokens:,} tokens",
+            f"sequences      of {result.sequence_length:,} tokens at most",
             f"model          {result.source}",
         ]
     )

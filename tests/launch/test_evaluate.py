@@ -17,7 +17,8 @@ pytest.importorskip("transformers")
 
 from launch.evaluate import BATCH_TOKENS, main, windows
 from model.safetensors_folder import SINGLE
-from tests.launch.hugging_face import build, tensors, write
+from tests.launch.hugging_face import build, import_model, tensors, write
+from tests.launch.test_data_megatron import write as write_indexed
 from tests.model.tiny import tiny
 
 
@@ -82,7 +83,35 @@ def test_the_table_says_what_the_object_says(folder: Path, data: Path, capsys: A
     result = score(capsys, folder, "--data", data)
     assert main([str(folder), "--data", str(data)]) == 0
     text = capsys.readouterr().out
+    assert "2 documents, 19 bytes, 19 tokens\n" in text and result["sequence_length"] == 1024
+    assert "sequences      of 1,024 tokens at most\n" in text
     assert f"{result['loss']:.4f} nats a token" in text and f"bits per byte  {result['bits_per_byte']:.4f}" in text
+    data.write_text(json.dumps({"text": "stage"}))
+    assert main([str(folder), "--data", str(data)]) == 0
+    assert "1 document, 6 bytes" in capsys.readouterr().out
+
+
+def test_the_text_is_found_where_the_run_found_it(tmp_path: Path, folder: Path, data: Path, capsys: Any) -> None:
+    """In its own field, or as Megatron's tokens."""
+    expected = score(capsys, folder, "--data", data)
+    named = tmp_path / "named.jsonl"
+    named.write_text(data.read_text().replace('"text"', '"content"'))
+    assert "must be a JSON object with a string 'text', as --text-field names it" in refusal(
+        capsys, folder, "--data", named
+    )
+    assert score(capsys, folder, "--data", named, "--text-field", "content") == expected
+    (tmp_path / "book.txt").write_text("a stage " * 50)
+    assert import_model(folder, tmp_path / "run", tmp_path / "book.txt", "data.text_field=content") == 0
+    capsys.readouterr()
+    own = score(capsys, tmp_path / "run", "--data", named, "--sequence-length", 1024)
+    assert own["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    write_indexed(tmp_path / "indexed", [[[*b"stage", 256]], [[*"a bubble, é".encode(), 256]]])
+    assert score(capsys, folder, "--data", tmp_path / "indexed") == expected
+    write_indexed(tmp_path / "indexed", [[[257, *b"stage", 256]]])
+    marked = score(capsys, folder, "--data", tmp_path / "indexed.bin")
+    assert (marked["tokens"], marked["bytes"]) == (7, 6), "a mark of fill in the middle is no byte"
+    write_indexed(tmp_path / "indexed", [[[]]])
+    assert "indexed' must hold text" in refusal(capsys, folder, "--data", tmp_path / "indexed")
 
 
 def refusal(capsys: Any, *arguments: object) -> str:
