@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,10 @@ class Dataset:
     @cached_property
     def mixture(self) -> Mixture:
         return Mixture(self.weights)
+
+    @cached_property
+    def _orders(self) -> list["_Orders"]:
+        return [_Orders(self.seed, corpus.windows(self.sequence_length)) for corpus in self.corpora]
 
     @property
     def fingerprint(self) -> str:
@@ -84,7 +88,7 @@ class Dataset:
         for source, corpus in enumerate(self.corpora):
             here = sources == source
             if here.any():
-                chosen = _windows_of(self.seed, corpus.windows(self.sequence_length), places[here])
+                chosen = self._orders[source].windows_of(places[here])
                 rows[here] = corpus.read(corpus.train, chosen, self.sequence_length)
         return rows
 
@@ -187,16 +191,28 @@ def bits_per_byte(loss_sum_nats: float, targets: int, bytes_per_token: float = 1
     return loss_sum_nats / math.log(2) / (targets * bytes_per_token)
 
 
-def _windows_of(seed: int, windows: int, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The windows that a source's visits ``places`` are to."""
-    epochs, places = np.divmod(places, windows)
-    chosen = np.empty_like(places)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        chosen[here] = _permutation(seed, int(epoch), windows)[places[here]]
-    return chosen
+class _Orders:
+    """Which of its ``windows`` a source's visits are to: a permutation an epoch. The last two that were used are kept,
+    since a step may straddle two epochs; each source keeps its own, so that no number of sources drives them out."""
 
+    def __init__(self, seed: int, windows: int) -> None:
+        self._seed, self._windows = seed, windows
+        self._kept: dict[int, npt.NDArray[np.int64]] = {}
 
-@lru_cache(maxsize=16)  # of every source; a step may straddle two epochs
-def _permutation(seed: int, epoch: int, windows: int) -> npt.NDArray[np.int64]:
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(windows)
+    def windows_of(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The windows that visits ``places`` of this source are to."""
+        epochs, places = np.divmod(places, self._windows)
+        chosen = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            chosen[here] = self._order(epoch)[places[here]]
+        return chosen
+
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        order = self._kept.pop(epoch, None)
+        if order is None:
+            order = np.random.Generator(np.random.PCG64([self._seed, epoch])).permutation(self._windows)
+        self._kept[epoch] = order
+        if len(self._kept) > 2:
+            del self._kept[next(iter(self._kept))]
+        return order

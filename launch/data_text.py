@@ -21,7 +21,7 @@ from launch.data_cache import Spool
 from launch.data_corpus import Corpus, Tokens, split_at, too_short
 from launch.data_fill_in_middle import cut
 from launch.data_source import DataError, Source
-from launch.tokenizer import ByteTokenizer, Tokenizer
+from launch.tokenizer import Tokenizer, token_array
 
 _HASH_TOKENS = 2**20
 
@@ -59,9 +59,7 @@ def _encoder(tokenizer: Tokenizer, rate: float, bytes_each: int) -> Encode:
     end, sentinels = np.array([tokenizer.end], dtype), tokenizer.sentinels
 
     def plain(text: bytes) -> npt.NDArray[Any]:
-        if isinstance(tokenizer, ByteTokenizer):  # a list of every byte would take minutes
-            return np.frombuffer(text, np.uint8).astype(dtype)
-        return np.array(tokenizer.encode(text), dtype)
+        return token_array(tokenizer, text).astype(dtype)
 
     def encode(text: bytes, cuttable: bool) -> list[npt.NDArray[Any]]:
         pieces = cut(text, rate) if cuttable else None

@@ -24,7 +24,7 @@ from launch.data_corpus import check_vocabulary
 from launch.data_megatron import find_megatron, open_indexed, text_bytes
 from launch.data_source import DataError, find_source
 from launch.model_folder import RUN_FILE, LoadedModel, load_model
-from launch.tokenizer import Tokenizer
+from launch.tokenizer import Tokenizer, token_array
 from model.transformer import Transformer
 
 BATCH_TOKENS = 8192
@@ -131,7 +131,7 @@ def evaluate_indexed(loaded: LoadedModel, prefix: Path, setting: str, sequence_l
     if not len(indexed.tokens):
         raise DataError(f"{setting} must hold text, and every document in it is empty")
     check_vocabulary(indexed.tokens, vocabulary, setting)
-    tokens = torch.from_numpy(np.concatenate([[tokenizer.end], indexed.tokens]).astype(np.int64))
+    tokens = torch.from_numpy(np.concatenate([[tokenizer.end], indexed.tokens], dtype=np.int32))
     return _scored(loaded, tokens, text_bytes(indexed.tokens, tokenizer), indexed.documents, sequence_length)
 
 
@@ -152,11 +152,10 @@ def _scored(loaded: LoadedModel, tokens: Tensor, size: int, documents: int, sequ
 
 
 def tokens_of(documents: Sequence[bytes], tokenizer: Tokenizer) -> Tensor:
-    """All documents in a row, int64."""
-    row = [tokenizer.end]
-    for text in documents:
-        row += [*tokenizer.encode(text), tokenizer.end]
-    return torch.tensor(row)
+    """All documents in a row, int32: a large text has many times more tokens than a window."""
+    end = np.array([tokenizer.end], np.int32)
+    parts = [end, *(part for text in documents for part in (token_array(tokenizer, text), end))]
+    return torch.from_numpy(np.concatenate(parts, dtype=np.int32))
 
 
 @torch.no_grad()
@@ -172,13 +171,15 @@ def summed_loss(model: Transformer, tokens: Tensor, length: int, document_start:
 
 
 def windows(tokens: Tensor, length: int) -> Iterator[Tensor]:
-    """Batches [B, length + 1] of windows that share one token with the next, then the rest as a shorter one."""
+    """Batches [B, length + 1], int64, of windows that share one token with the next, then the rest as a shorter one."""
     targets = len(tokens) - 1
     whole = targets // length
     if whole:
-        yield from tokens[: whole * length + 1].unfold(0, length + 1, length).split(max(BATCH_TOKENS // length, 1))
+        found = tokens[: whole * length + 1].unfold(0, length + 1, length)
+        for windows_BS in found.split(max(BATCH_TOKENS // length, 1)):
+            yield windows_BS.long()
     if targets % length:
-        yield tokens[whole * length :].unsqueeze(0)
+        yield tokens[whole * length :].unsqueeze(0).long()
 
 
 def _text(result: Evaluation) -> str:

@@ -19,7 +19,8 @@ from torch import Tensor
 from launch.aside import built_aside
 from launch.command import Parser, progress_bar, reported
 from launch.data import END_OF_DOCUMENT
-from launch.model_folder import ORIGIN, ORIGIN_FILES, Run, open_run
+from launch.model_folder import ORIGIN_FILES, Run, open_run
+from launch.run_folder import ORIGIN
 from launch.tokenizer import CONFIG_FILE, FILE, byte_tokenizer, tokenizer_config
 from launch.whole_file import write_whole
 from model.huggingface import Published, published, published_config, published_copies

@@ -7,10 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+import torch
+
 from launch.command import Parser, UsageError, reported
 from launch.model_folder import load_model
-from model.generate import generate
+from model.generate import bytes_a_token, generate
 from model.speculative import Counts, generate_speculatively
+from model.transformer import Transformer
 
 _EPILOG = """\
 example:
@@ -72,6 +76,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     tokenizer = loaded.tokenizer
     # Every document follows the end of another one, so a prompt does too.
     prompt = [tokenizer.end, *tokenizer.encode(os.fsencode(arguments.prompt))]
+    _check_room(loaded.model, len(prompt), arguments.tokens, arguments.speculative)
     counts = Counts()
     if arguments.speculative:
         drawn = generate_speculatively(loaded.model, prompt, arguments.tokens, tokenizer.end, counts)
@@ -90,6 +95,20 @@ def _generate(arguments: argparse.Namespace) -> None:
             f"{counts.accepted} of {counts.drafted} drafts accepted ({counts.acceptance_rate:.0%})",
             file=sys.stderr,
         )
+
+
+def _check_room(model: Transformer, prompt: int, tokens: int, speculative: bool) -> None:
+    """Room for every token is taken before the first."""
+    device, each = next(model.parameters()).device, bytes_a_token(model, speculative)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    most = max(int(free / each) - prompt, 0)
+    _check(
+        tokens <= most,
+        "--tokens",
+        tokens,
+        f"must be at most {most}: this model keeps {each:,} bytes a token, the prompt's {prompt:,} too, and the "
+        f"{device.type} has {free / 1e9:.1f} GB free",
+    )
 
 
 def _counted(counts: Counts) -> dict[str, float]:

@@ -21,8 +21,8 @@ from launch.command import Parser, progress_bar, reported
 from launch.config import Config, ConfigError, RunConfig, from_dict
 from launch.config_file import apply
 from launch.data import open_dataset
-from launch.model_folder import ORIGIN, ORIGIN_FILES, HuggingFaceModel, open_hugging_face
-from launch.run_folder import RunFolder
+from launch.model_folder import ORIGIN_FILES, HuggingFaceModel, open_hugging_face
+from launch.run_folder import ORIGIN, RunFolder
 from launch.run_weights import RunWeightsWriter
 from launch.tokenizer import FILE, is_byte_tokenizer
 from launch.train import invocation

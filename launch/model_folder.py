@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from launch.config import Config, load
+from launch.run_folder import tokenizer_of
 from launch.run_weights import RunWeights, newest
 from launch.tokenizer import CONFIG_FILE, FILE, Tokenizer, open_tokenizer, published_tokenizer
 from model.config import ModelConfig
@@ -18,9 +19,8 @@ from model.transformer import Transformer
 from parallel.checkpoint import CheckpointError
 
 RUN_FILE, HUGGING_FACE_FILE = "config.yaml", "config.json"
-ORIGIN = "hugging_face"
-"""In a run folder, what came with an imported model whose tokens are not bytes."""
 ORIGIN_FILES = (HUGGING_FACE_FILE, FILE, CONFIG_FILE, "special_tokens_map.json", "generation_config.json")
+"""What a run keeps of an imported model, where its tokens are not bytes."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def load_model(path: Path, ema: bool = False) -> LoadedModel:
     """
     if (path / RUN_FILE).is_file():
         run = open_run(path, ema)
-        tokenizer = run_tokenizer(path, run.config.data.tokenizer)
+        tokenizer = open_tokenizer(tokenizer_of(path, run.config))
         config, read, source = run.config.model, run.weights.read, str(run.weights.path)
         length = run.config.train.sequence_length
         start = tokenizer.end if run.config.data.document_boundaries == "attention" else None
@@ -134,12 +134,6 @@ def load_model(path: Path, ema: bool = False) -> LoadedModel:
             f"vocab_size={config.vocab_size} of {path} must be at least {tokenizer.size}, the tokens of its tokenizer"
         )
     return LoadedModel(_whole(config, read), tokenizer, source, length, start)
-
-
-def run_tokenizer(path: Path, name: str) -> Tokenizer:
-    """A run's: what its model was imported with, or ``name``, its ``data.tokenizer``."""
-    origin = path / ORIGIN  # wherever the run was moved to since
-    return open_tokenizer(str(origin) if origin.is_dir() else name)
 
 
 def _whole(config: ModelConfig, read: Callable[[Published], Tensor]) -> Transformer:

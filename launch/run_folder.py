@@ -6,18 +6,29 @@ skipped.json      where the batches begin that bad steps were blamed on
 metrics.jsonl     one object a step            events.jsonl      starts, ends, failures
 checkpoints/      what a restart goes on from  failures/         a traceback for every rank that failed
 lock              held while a run is training
+hugging_face/     what came with an imported model whose tokens are not bytes: ``data.tokenizer``
 """
 
 import errno
 import fcntl
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from launch.config import Config, ConfigError, dump, load, resume_differences, show
 from launch.metrics import EventLog
 from launch.whole_file import write_whole
+
+ORIGIN = "hugging_face"
+"""In a run folder, what came with an imported model whose tokens are not bytes."""
+
+
+def tokenizer_of(path: Path, config: Config) -> str:
+    """``data.tokenizer`` of the run that lies at ``path`` and has this stored configuration: if that is a run's own
+    copy, the one here, wherever the run was moved to and whatever the working directory."""
+    own = path / ORIGIN
+    return str(own) if own.is_dir() and Path(config.data.tokenizer).name == ORIGIN else config.data.tokenizer
 
 
 class RunFolder:
@@ -48,6 +59,11 @@ class RunFolder:
         stored_config, stored = self._stored_config(), self._stored_fingerprint()
         if not self._has_trained():
             return []  # a start that was refused, or died before its first step, binds nobody
+        stored_config = replace(
+            stored_config,
+            data=replace(stored_config.data, tokenizer=tokenizer_of(self.path, stored_config)),
+            run=replace(stored_config.run, dir=config.run.dir),
+        )
         refused, recorded = resume_differences(stored_config, config)
         if refused:
             raise ConfigError(
@@ -59,7 +75,7 @@ class RunFolder:
                 f"{_setting(config)} other text than the run in run.dir={self.path} trained "
                 f"on (SHA-256 {fingerprint[:12]}, the run has {stored[:12]}; 'stdlib' differs between Python versions)"
             )
-        return [line for line in recorded if not line.startswith("run.dir:")]
+        return recorded
 
     def _has_trained(self) -> bool:
         steps = self.metrics_file.exists() and self.metrics_file.stat().st_size > 0

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 END_OF_DOCUMENT = 256
 VOCABULARY = 257
 FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
@@ -73,7 +76,11 @@ class ByteTokenizer:
 
 
 class PublishedTokenizer:
-    """A ``tokenizer.json`` through Hugging Face's ``tokenizers``. ``end`` is from the model's configuration."""
+    """A ``tokenizer.json`` through Hugging Face's ``tokenizers``. ``end`` is from the model's configuration.
+
+    Text never becomes a special token, or the end of a document, or a mark of fill in the middle, by spelling its name:
+    those are for whoever lays out documents, and text that could write them would split documents.
+    """
 
     def __init__(self, path: Path, end: int) -> None:
         try:
@@ -81,11 +88,13 @@ class PublishedTokenizer:
         except ImportError:
             raise TokenizerError(f"{path} needs the package 'tokenizers', and it is not installed") from None
         try:
-            self._rust = Rust.from_file(str(path))
+            content = path.read_bytes()
+            self._rust = Rust.from_str(json.dumps(_with_special_marks(json.loads(content), end)))
         except Exception as error:  # the library raises nothing narrower
             raise TokenizerError(f"{path} is no tokenizer: {' '.join(str(error).split())}") from None
+        self._rust.encode_special_tokens = True  # in spite of its name: encodes their names as any other text
         self.size, self.end = max(self._rust.get_vocab().values(), default=-1) + 1, end
-        self._path = path
+        self._digest = hashlib.sha256(content).hexdigest()
         self.sentinels = self._find_sentinels()
 
     def encode(self, text: bytes) -> list[int]:
@@ -105,7 +114,23 @@ class PublishedTokenizer:
         return None
 
     def identity(self) -> str:
-        return f"{hashlib.sha256(self._path.read_bytes()).hexdigest()} {self.end}"
+        return f"{self._digest} {self.end} names of special tokens are text"
+
+
+def token_array(tokenizer: Tokenizer, text: bytes) -> npt.NDArray[Any]:
+    """The tokens of a text in the smallest type that holds them: bytes as they lie, others as int32."""
+    if isinstance(tokenizer, ByteTokenizer):  # a list of every byte would take minutes, and eight bytes for each
+        return np.frombuffer(text, np.uint8)
+    return np.array(tokenizer.encode(text), np.int32)
+
+
+def _with_special_marks(values: Any, end: int) -> Any:
+    """``tokenizer.json`` with the end of a document and the marks of fill in the middle among its special tokens:
+    DeepSeek publishes its marks as ordinary ones."""
+    marks = {name for names in _SENTINELS for name in names}
+    for token in values["added_tokens"]:
+        token["special"] = token["special"] or token["content"] in marks or token["id"] == end
+    return values
 
 
 def open_tokenizer(name: str) -> Tokenizer:

@@ -23,7 +23,7 @@ from typing import NoReturn
 from launch import output, stop
 from launch.config import Config, ConfigError, check_world_size, load
 from launch.data import DataError, open_dataset
-from launch.run_folder import RunFolder
+from launch.run_folder import RunFolder, tokenizer_of
 
 USER_ERROR = 2
 FAILED = 1
@@ -92,7 +92,8 @@ def configuration(arguments: argparse.Namespace) -> Config:
     """From CONFIG and the overrides; a run's folder stands for the configuration that the run was started with."""
     path, overrides = Path(arguments.config), arguments.overrides
     if path.is_dir():
-        return load(path / "config.yaml", [f"run.dir={path}", *overrides])
+        tokenizer = tokenizer_of(path, load(path / "config.yaml"))
+        return load(path / "config.yaml", [f"run.dir={path}", f"data.tokenizer={tokenizer}", *overrides])
     return load(path, overrides)
 
 

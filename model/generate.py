@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.attention import LatentCache
+from model.block import Block
 from model.exchange import LocalExchange
 from model.positions import Positions
 from model.transformer import Transformer
@@ -25,7 +26,7 @@ def latent_caches(model: Transformer, batch: int, room: int, mtp: bool = False) 
     assert model.head is not None
     c, like = model.config, model.head.weight
     caches = []
-    for _, block in model.blocks() if mtp else model.main_blocks():
+    for block in _cached(model, mtp):
         latents_BML = like.new_empty(batch, room, c.kv_lora_rank + c.qk_rope_head_dim)
         block.attn.cache = LatentCache(latents_BML)
         caches.append(block.attn.cache)
@@ -34,6 +35,19 @@ def latent_caches(model: Transformer, batch: int, room: int, mtp: bool = False) 
     finally:
         for _, block in model.blocks():
             block.attn.cache = None
+
+
+def bytes_a_token(model: Transformer, mtp: bool = False) -> int:
+    """Memory that room for one more token takes at most: its latents in every cache, and RoPE's turns, a complex64 a
+    pair and, while they are made (``model/rope.py``), a complex128 and two float64 beside it."""
+    assert model.head is not None
+    c = model.config
+    latents = len(_cached(model, mtp)) * (c.kv_lora_rank + c.qk_rope_head_dim)
+    return latents * model.head.weight.element_size() + c.qk_rope_head_dim // 2 * (8 + 16 + 8 + 8)
+
+
+def _cached(model: Transformer, mtp: bool) -> list[Block]:
+    return [block for _, block in (model.blocks() if mtp else model.main_blocks())]
 
 
 @torch.no_grad()

@@ -53,6 +53,18 @@ def numbers(name: str, first: int, count: int) -> Corpus:
     return Corpus(name, tokens, tokens, 1, 1.0, name)
 
 
+def test_of_many_sources_each_order_is_drawn_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[object] = []
+    generator = np.random.PCG64
+    monkeypatch.setattr(np.random, "PCG64", lambda seed: drawn.append(seed) or generator(seed))
+    sources = tuple(numbers(str(n), 100 * n, 21) for n in range(40))  # ten windows of two tokens and one more each
+    data = Dataset(sources, (1.0,) * 40, 2, 40, seed=7)
+    for step in range(25):
+        for first in (0, 20):
+            data.sequences(step, first, 20)
+    assert Counter(map(str, drawn)) == {f"[7, {epoch}]": 40 for epoch in range(3)}
+
+
 @settings(max_examples=40)
 @given(
     st.integers(5, 60), st.integers(5, 60), st.floats(0.1, 9), st.integers(1, 4), st.integers(0, 9), st.integers(1, 30)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from safetensors.torch import save_file
 
 pytest.importorskip("transformers")
 
-from launch.evaluate import BATCH_TOKENS, main, windows
+from launch.evaluate import BATCH_TOKENS, main, tokens_of, windows
+from launch.tokenizer import ByteTokenizer
 from model.safetensors_folder import SINGLE
 from tests.launch.hugging_face import build, import_model, tensors, write
 from tests.launch.test_data_megatron import write as write_indexed
@@ -44,12 +46,22 @@ def score(capsys: Any, *arguments: object) -> dict[str, Any]:
 @settings(deadline=None)
 @given(st.integers(2, 200), st.integers(1, 250))
 def test_windows_predict_every_token_but_the_first_once(count: int, length: int) -> None:
-    tokens = torch.arange(count)
+    tokens = torch.arange(count, dtype=torch.int32)
     found = list(windows(tokens, length))
-    assert torch.equal(torch.cat([part[:, 1:].flatten() for part in found]), tokens[1:])
-    assert torch.equal(torch.cat([part[:, :-1].flatten() for part in found]), tokens[:-1])
-    assert all(part.shape[1] == length + 1 for part in found[:-1])
+    assert torch.equal(torch.cat([part[:, 1:].flatten() for part in found]), tokens[1:].long())
+    assert torch.equal(torch.cat([part[:, :-1].flatten() for part in found]), tokens[:-1].long())
+    assert all(part.shape[1] == length + 1 for part in found[:-1]) and {part.dtype for part in found} == {torch.int64}
     assert all(part[:, 1:].numel() <= max(BATCH_TOKENS, length) for part in found)
+
+
+def test_a_token_of_a_large_text_takes_a_few_bytes() -> None:
+    documents = [bytes(range(256)) * 2000, b"stage"] * 2
+    tracemalloc.start()
+    row = tokens_of(documents, ByteTokenizer())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert row.tolist() == [256, *(token for text in documents for token in (*text, 256))]
+    assert peak < 4.1 * len(row)
 
 
 def test_a_model_that_knows_nothing_has_the_loss_of_a_guess(

@@ -2,15 +2,20 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
 from launch.generate import main
+from model.generate import bytes_a_token, latent_caches
+from model.transformer import Transformer
 from tests.launch.hugging_face import MODEL, build, write
+from tests.model.tiny import tiny
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +62,28 @@ def test_numbers_that_cannot_be_are_refused_in_a_line(
 ) -> None:
     assert main([str(folder), "--prompt", "pipe", *arguments]) == 2
     assert f"error: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mtp", [False, True])
+def test_the_bytes_of_a_token_are_those_of_its_latents_and_turns(mtp: bool) -> None:
+    model = Transformer(tiny(num_nextn_predict_layers=1)).bfloat16()
+    with latent_caches(model, 1, 64, mtp) as caches:
+        latents = sum(cache.latents_BML.nbytes for cache in caches)
+    turns = model.rotations(64, torch.device("cpu"))
+    # What turns are made of: complex128, and angle and radius in float64, which are half of that each.
+    made = turns.nbytes + turns.to(torch.complex128).nbytes * 2
+    assert bytes_a_token(model, mtp) * 64 == latents + made
+
+
+def test_more_tokens_than_memory_has_room_for_are_refused_before_the_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    each = bytes_a_token(Transformer(MODEL))
+    room = 5 + 7  # the end before the prompt, its four bytes, and seven more
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=room * each))
+    arguments = [str(folder), "--prompt", "pipe", "--tokens"]
+    assert main([*arguments, "2000000000"]) == 2
+    refusal = capsys.readouterr().err
+    assert refusal.count("\n") == 1
+    assert f"error: --tokens=2000000000 must be at most 7: this model keeps {each:,} bytes a token" in refusal
+    assert main([*arguments, "8"]) == 2 and main([*arguments, "7"]) == 0

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from launch import evaluate, export_hf
 from launch.config import load
 from launch.data import open_dataset
-from launch.model_folder import ORIGIN, open_run
+from launch.model_folder import load_model, open_run
+from launch.run_folder import ORIGIN, RunFolder
 from launch.run_weights import RunWeights, RunWeightsWriter
+from launch.train import configuration
 from model import safetensors_folder
 from model.safetensors_folder import INDEX, SINGLE, dequantise
 from parallel import checkpoint
@@ -246,11 +249,17 @@ def test_an_interrupted_export_goes_on(
     assert not partial.exists() and not list(back.glob("*.part")) and not list(back.glob(".*"))
 
 
-def test_a_tokenizer_of_its_own_travels_with_the_model(theirs: Path, tmp_path: Path, text: Path, capsys: Any) -> None:
-    folder, words = tmp_path / "model", {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "?": 2}, "unk_token": "?"}
-    shutil.copytree(theirs, folder)
+def own_tokens(folder: Path) -> None:
+    """Make the words a and b, and one for any other, the tokens of a model."""
+    words = {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "?": 2}, "unk_token": "?"}
     edit(folder / "tokenizer.json", model=words, added_tokens=[], pre_tokenizer={"type": "Whitespace"}, decoder=None)
     edit(folder / "config.json", bos_token_id=1, eos_token_id=[2, 1])
+
+
+def test_a_tokenizer_of_its_own_travels_with_the_model(theirs: Path, tmp_path: Path, text: Path, capsys: Any) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(theirs, folder)
+    own_tokens(folder)
     assert import_model(folder, tmp_path / "run", text) == 0
     own = tmp_path / "run" / ORIGIN
     assert (own / "tokenizer.json").exists()
@@ -273,3 +282,23 @@ def test_a_tokenizer_of_its_own_travels_with_the_model(theirs: Path, tmp_path: P
         assert evaluate.main([str(tmp_path / place), "--data", str(document), "--json"]) == 0
         result = json.loads(capsys.readouterr().out)
         assert (result["tokens"], result["bytes"]) == (4, 6)  # three words and the end; five bytes and the end
+
+
+def test_a_run_with_a_tokenizer_of_its_own_trains_wherever_it_was_moved(
+    theirs: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(theirs, tmp_path / "model")
+    own_tokens(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    assert import_model(Path("model"), Path("run"), text) == 0
+    shutil.move("run", "moved to here")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for path in ("../moved to here", str(tmp_path / "moved to here")):
+        config = configuration(Namespace(config=path, overrides=["train.steps=7"]))
+        assert config.data.tokenizer == f"{path}/{ORIGIN}"
+        changes = RunFolder(config).changes(config, open_dataset(config).fingerprint)
+        assert changes == ["train.steps: run has 100, given 7"]
+        assert load_model(Path(path)).tokenizer.encode(b"b a") == [1, 0]
+    asked = configuration(Namespace(config="../moved to here", overrides=["data.tokenizer=bytes"]))
+    assert asked.data.tokenizer == "bytes"

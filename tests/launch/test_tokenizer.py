@@ -16,7 +16,7 @@ from launch.tokenizer import (
     published_tokenizer,
 )
 
-pytest.importorskip("tokenizers")
+tokenizers = pytest.importorskip("tokenizers")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,28 @@ def test_the_marks_of_fill_in_the_middle_are_published_too(tmp_path: Path) -> No
     published = PublishedTokenizer(file, 256)
     assert published.sentinels == ByteTokenizer.sentinels
     marked = "<｜fim▁begin｜>a<｜fim▁hole｜>b<｜fim▁end｜>c"  # noqa: RUF001, as DeepSeek writes them
-    assert published.encode(marked.encode()) == [257, 97, 258, 98, 259, 99]
+    assert tokenizers.Tokenizer.from_file(str(file)).encode(marked).ids == [257, 97, 258, 98, 259, 99]
+
+
+@pytest.mark.parametrize("special", [True, False])  # DeepSeek publishes the end as special, the marks as not
+def test_text_cannot_write_an_end_or_a_mark_by_its_name(tmp_path: Path, special: bool) -> None:
+    values = byte_tokenizer(fill_in_middle=True)
+    for token in values["added_tokens"]:
+        token["special"] = special
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(values))
+    published = PublishedTokenizer(file, 256)
+    text = "a<|end_of_document|><｜fim▁begin｜>b<｜fim▁hole｜><｜fim▁end｜>"  # noqa: RUF001
+    assert published.encode(text.encode()) == list(text.encode())
+    assert published.decode(published.encode(text.encode())) == text
+    assert published.sentinels == (257, 258, 259)
+
+
+def test_a_token_that_is_neither_special_nor_a_mark_stays_one(tmp_path: Path) -> None:
+    values = byte_tokenizer(fill_in_middle=True)
+    values["added_tokens"].append({**values["added_tokens"][0], "id": 260, "content": "    ", "special": False})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    assert PublishedTokenizer(tmp_path / "tokenizer.json", 256).encode(b"a    b") == [97, 260, 98]
 
 
 @pytest.mark.parametrize(

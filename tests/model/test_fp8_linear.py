@@ -15,7 +15,7 @@ from model.fp8 import payload
 from model.fp8.assign import AFTER_ATTENTION, COMBINED, DISPATCHED, PLAIN, recipes, set_precision
 from model.fp8.gemm import Emulated, Gemm, Reference
 from model.fp8.linear import Fp8Products, Recipe
-from model.fp8.quantise import Scale, Tile, quantise
+from model.fp8.quantise import Scale, Tile, dequantise, quantise
 from model.linear import GroupedLinear, Linear, WeightGradients, own
 from model.mlp import MLP, Experts
 from model.transformer import Transformer, initialise
@@ -266,6 +266,18 @@ def test_a_payload_is_the_quantised_input() -> None:
     got = [y.detach(), *torch.autograd.grad(y, [anchor, module.weight], gy)]
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b) and a.dtype == b.dtype
+
+
+def test_a_gradient_payload_changes_the_weight_gradient_alone_and_by_one_more_rounding() -> None:
+    """Rows that are large elsewhere lose digits of their small numbers on the way, which columns would have kept."""
+    rows = [130, 0, 7]
+    module = layer(COMBINED, 40, 200, rows, seed=8)
+    x, gy = torch.randn(137, 200), torch.randn(137, 40) * torch.logspace(-9, 9, 40, base=2)
+    arrived = dequantise(payload.unpack(payload.pack(gy), 40))
+    plain, sent = (immediate(module, x, g, *ends_of(rows)) for g in (gy, arrived))
+    assert torch.equal(plain[0], sent[0]) and torch.equal(plain[1], sent[1])
+    assert not torch.equal(plain[2], sent[2])
+    assert_within(sent[2][0], gy[:130].T, x[:130], 2, 2)
 
 
 def whole(**changes: int) -> Transformer:

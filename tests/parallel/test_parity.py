@@ -190,15 +190,17 @@ def train_fp8(rank: int, layout: Layout, payload: bool) -> list[float]:
     return [worker.train_step(t if worker.needs_data else None, 1e-3).loss for t in tokens]
 
 
-def test_fp8_follows_the_single_process_and_does_not_mind_how_rows_travel() -> None:
+def test_fp8_follows_the_single_process_and_forward_does_not_mind_how_rows_travel() -> None:
     """Rounding differs with the order of sums, and FP8 makes of a rounding a step: no equality across layouts."""
     layout = Layout(2, 2, 2)
     ((alone,), plain, sent) = (
         run_ranks(train_fp8, layout.world_size, layout, payload)
         for layout, payload in ((Layout(), False), (layout, False), (layout, True))
     )
-    assert plain == sent, "bitwise: the experts quantise what came in BF16 to what would have come in FP8"
-    for rank in plain:
+    # Bitwise in the first forward: experts quantise what came in BF16 to what would have come in FP8. Their weight
+    # gradients may differ where the gradient was rounded on its way, so later steps are alike only.
+    assert [rank[0] for rank in plain] == [rank[0] for rank in sent]
+    for rank in (*plain, *sent):
         assert rank == pytest.approx(alone, rel=2e-3)
 
 
