@@ -14,6 +14,7 @@ of the last ``WINDOW`` steps that were taken, once there are ``LEAST`` of them. 
 import json
 import math
 import statistics
+import sys
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable
@@ -88,6 +89,9 @@ def read_found(file: Path) -> list[int]:
 
 
 def usual_losses(metrics_file: Path, step: int) -> list[float]:
-    """The cross-entropies of the last steps up to ``step``, for a rule that goes on after it."""
+    """The cross-entropies of the last steps up to ``step``, for a rule that goes on after it. A line without one, which
+    somebody else wrote or which was null, says nothing about what is usual."""
     entries = [entry for entry in read_jsonl(metrics_file) if type(entry.get("step")) is int]
-    return [float(entry["cross_entropy"]) for entry in entries if step - WINDOW < entry["step"] <= step]
+    losses = [entry.get("cross_entropy") for entry in entries if step - WINDOW < entry["step"] <= step]
+    numbers = [loss for loss in losses if isinstance(loss, (int, float)) and not isinstance(loss, bool)]
+    return [float(loss) for loss in numbers if abs(loss) <= sys.float_info.max]

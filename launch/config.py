@@ -312,6 +312,7 @@ def check_world_size(config: Config, world_size: int) -> None:
         )
 
 
+_BATCH_SIZES = ("train.global_batch_size", "phases.global_batch_size", "phases.batch_multiple")
 _FREE = ("model.recompute",)  # the same bits either way
 _FIXED = ("train.seed", "train.sequence_length", "data.validation_fraction", "data.fill_in_middle")
 
@@ -322,14 +323,23 @@ def resume_differences(old: Config, new: Config) -> tuple[list[str], list[str]]:
     What decides the meaning of a checkpoint (the model, the seed, how the data are cut) must stay; what of the model is
     recomputed, the layout, the length of the run, the optimizer's constants and the rest may change between two starts.
     So may the name under which the data are found: whether they are the same is for their fingerprint to say.
+
+    Where phases count tokens, the sizes of batches must stay: how many tokens the steps so far took is computed from
+    them. For the same reason phases cannot begin to count tokens in a run whose sizes could change until now.
     """
     refused: list[str] = []
     recorded: list[str] = []
     new_values = dict(_flatten(to_dict(new)))
+    counted = bool(old.phases.in_tokens)
+    begins = () if counted else [f"phases.{name}" for name in new.phases.in_tokens]
     for key, value in _flatten(to_dict(old)):
         if value != new_values[key]:
             fixed = key in _FIXED or (key.startswith("model.") and key not in _FREE)
             line = f"{key}: run has {_typed(value)}, given {_typed(new_values[key])}"
+            if key in _BATCH_SIZES and counted:
+                fixed, line = True, f"{line}, which must stay: phases count the tokens of past steps"
+            elif key in begins:
+                fixed, line = True, f"{line}, which must not count tokens: the run did not from its beginning"
             (refused if fixed else recorded).append(line)
     return refused, recorded
 
@@ -346,6 +356,11 @@ def _cross_check(config: Config) -> None:
     if model.n_routed_experts % layout.expert:
         raise ConfigError(
             f"layout.expert={layout.expert} must divide model.n_routed_experts ({model.n_routed_experts})"
+        )
+    if config.phases.mtp_loss_weight and not model.num_nextn_predict_layers:
+        raise ConfigError(
+            f"phases.mtp_loss_weight={show(config.phases.mtp_loss_weight)} must be left out where "
+            f"model.num_nextn_predict_layers=0: there is no such loss"
         )
     if config.fp8_payload and config.precision.compute != "fp8":
         raise ConfigError(

@@ -102,16 +102,12 @@ class ModelConfig:
     swiglu; or full. See docs/recompute.md."""
 
     def __post_init__(self) -> None:
-        for key in _POSITIVE:
-            if getattr(self, key) < 1:
-                raise ValueError(f"model.{key}={getattr(self, key)} must be at least 1")
+        self._check_ranges()
         for key in ("hidden_size", "moe_intermediate_size"):
             if getattr(self, key) % 8:
                 raise ValueError(
                     f"model.{key}={getattr(self, key)} must be a multiple of 8: grouped products read 16 bytes at once"
                 )
-        if self.q_lora_rank is not None and self.q_lora_rank < 1:
-            raise ValueError(f"model.q_lora_rank={self.q_lora_rank} must be at least 1, or null")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"model.qk_rope_head_dim={self.qk_rope_head_dim} must be even: RoPE rotates pairs")
         if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
@@ -119,8 +115,6 @@ class ModelConfig:
                 f"model.first_k_dense_replace={self.first_k_dense_replace} must be from 0 to "
                 f"num_hidden_layers ({self.num_hidden_layers})"
             )
-        if self.n_shared_experts < 0:
-            raise ValueError(f"model.n_shared_experts={self.n_shared_experts} must not be negative")
         if self.n_routed_experts % self.n_group:
             raise ValueError(f"model.n_group={self.n_group} must divide n_routed_experts ({self.n_routed_experts})")
         if self.topk_group > self.n_group:
@@ -131,12 +125,9 @@ class ModelConfig:
                 f"model.num_experts_per_tok={self.num_experts_per_tok} must be at most the experts in "
                 f"topk_group groups ({reachable})"
             )
-        if self.rope_theta <= 1 or self.rms_norm_eps <= 0 or self.initializer_range <= 0:
-            raise ValueError("model.rope_theta must be above 1, model.rms_norm_eps and model.initializer_range above 0")
+        if self.rope_theta <= 1:
+            raise ValueError(f"model.rope_theta={self.rope_theta} must be above 1")
         self._check_yarn()
-        for key in ("bias_update_speed", "balance_loss_alpha", "mtp_loss_weight"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"model.{key}={getattr(self, key)} must not be negative")
         if self.num_nextn_predict_layers not in (0, 1):
             raise ValueError(
                 f"model.num_nextn_predict_layers={self.num_nextn_predict_layers} must be 0 or 1: one token beyond the "
@@ -144,6 +135,26 @@ class ModelConfig:
             )
         if self.recompute != "full" and len(set(self.recompute)) < len(self.recompute):
             raise ValueError(f"model.recompute={list(self.recompute)} must name nothing twice")
+
+    def _check_ranges(self) -> None:
+        """Of every number by itself."""
+        for key, limit in _LIMITS.items():
+            size, least = getattr(self, key), 0 if key == "n_shared_experts" else 1
+            if size is None:
+                continue
+            if size < least:
+                rule = f"must be at least {least}" if least else "must not be negative"
+                raise ValueError(f"model.{key}={size} {rule}{', or null' if key == 'q_lora_rank' else ''}")
+            if size > limit:
+                raise ValueError(f"model.{key}={size} must be at most {limit}")
+        for key in _POSITIVE_NUMBERS:
+            if not getattr(self, key) >= SMALLEST:
+                raise ValueError(f"model.{key}={getattr(self, key)} must be above 0: at least {SMALLEST:.4g}, in FP32")
+        for key in _NUMBERS:
+            if getattr(self, key) < 0:
+                raise ValueError(f"model.{key}={getattr(self, key)} must not be negative")
+            if not getattr(self, key) <= LARGEST:
+                raise ValueError(f"model.{key}={getattr(self, key)} must be at most {LARGEST:.4g}")
 
     def _check_yarn(self) -> None:
         if self.yarn_factor < 1:
@@ -153,9 +164,6 @@ class ModelConfig:
                 f"model.yarn_beta_slow={self.yarn_beta_slow} must be above 0 and below "
                 f"model.yarn_beta_fast ({self.yarn_beta_fast})"
             )
-        for key in ("yarn_mscale", "yarn_mscale_all_dim"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"model.{key}={getattr(self, key)} must not be negative")
 
     @property
     def yarn(self) -> Yarn | None:
@@ -186,8 +194,26 @@ class ModelConfig:
         return layer >= self.first_k_dense_replace
 
 
-_POSITIVE = (
-    "vocab_size hidden_size num_hidden_layers intermediate_size moe_intermediate_size n_routed_experts "
-    "num_experts_per_tok n_group topk_group num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim "
-    "v_head_dim original_max_position_embeddings"
+SMALLEST = 2.0**-126
+"""The smallest number that FP32 has in full precision."""
+LARGEST = 2.0**60
+"""What a number of the model is at most; FP32 still has its square, times what YaRN makes of it."""
+WIDTH_LIMIT, COUNT_LIMIT, LAYERS_LIMIT = 2**20, 2**16, 2**9
+"""What sizes are at most: above all published models, and the bytes of every tensor are still a number of 64 bits."""
+_WIDTHS = (
+    "vocab_size hidden_size intermediate_size moe_intermediate_size q_lora_rank kv_lora_rank qk_nope_head_dim "
+    "qk_rope_head_dim v_head_dim"
 ).split()
+_COUNTS = "n_routed_experts n_shared_experts num_experts_per_tok n_group topk_group num_attention_heads".split()
+_LIMITS = {
+    **dict.fromkeys(_WIDTHS, WIDTH_LIMIT),
+    **dict.fromkeys(_COUNTS, COUNT_LIMIT),
+    "num_hidden_layers": LAYERS_LIMIT,
+    "original_max_position_embeddings": 2**31,
+}
+_POSITIVE_NUMBERS = ("routed_scaling_factor", "rms_norm_eps", "initializer_range")
+_NUMBERS = (
+    *_POSITIVE_NUMBERS,
+    *("rope_theta", "yarn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_mscale", "yarn_mscale_all_dim"),
+    *("bias_update_speed", "balance_loss_alpha", "mtp_loss_weight"),
+)

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+_FP32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+"""The smallest number that FP32 has in full precision, and its largest."""
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -37,15 +40,31 @@ class OptimizerConfig:
     """Who updates the owned shards: this project's AdamW or DeepSpeed's BF16 optimizer."""
 
     def __post_init__(self) -> None:
+        smallest, largest = _FP32
         for key in ("learning_rate", "epsilon", "clip_norm"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"optimizer.{key}={getattr(self, key)} must be above 0")
+        for key in ("epsilon", "clip_norm"):
+            if not smallest <= getattr(self, key) <= largest:
+                raise ValueError(
+                    f"optimizer.{key}={getattr(self, key)} must be from {smallest:.4g} to {largest:.4g}, as FP32 has it"
+                )
         for key in ("warmup_steps", "decay_steps", "weight_decay"):
             if getattr(self, key) < 0:
                 raise ValueError(f"optimizer.{key}={getattr(self, key)} must not be negative")
         for key in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"optimizer.{key}={getattr(self, key)} must be at least 0 and below 1")
+        # Both are factors of FP32 tensors in an update; the first is largest in step 1.
+        for key, factor in (
+            ("learning_rate / (1 - optimizer.beta1)", self.learning_rate / (1 - self.beta1)),
+            ("learning_rate x optimizer.weight_decay", self.learning_rate * self.weight_decay),
+        ):
+            if not factor <= largest:
+                raise ValueError(
+                    f"optimizer.learning_rate={self.learning_rate} is too large: optimizer.{key} = {factor:g} must be "
+                    f"at most {largest:.4g}, as FP32 has it"
+                )
         if self.backend == "deepspeed" and self.moments != "fp32":
             raise ValueError(
                 f"optimizer.moments={self.moments} must be fp32 with optimizer.backend=deepspeed, which keeps no others"

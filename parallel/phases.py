@@ -57,7 +57,11 @@ class Phase:
 @dataclass(frozen=True)
 class PhasesConfig:
     """Courses of values, in place of one value for the whole run; an empty list leaves that one. The largest value of a
-    course is the key that it varies."""
+    course is the key that it varies.
+
+    A run that resumes may change them, with one rule: where any phase ends after a number of tokens, and from the run's
+    beginning, batches keep their sizes (launch/config.py); step and batch size say how many tokens were taken before.
+    """
 
     learning_rate: tuple[Phase, ...] = ()
     """Of optimizer.learning_rate, in place of its warm-up and decay, whose steps must be 0."""
@@ -69,6 +73,16 @@ class PhasesConfig:
     """Of model.bias_update_speed."""
     mtp_loss_weight: tuple[Phase, ...] = ()
     """Of model.mtp_loss_weight."""
+
+    @property
+    def in_tokens(self) -> tuple[str, ...]:
+        """The keys with a phase that ends after a number of tokens: their values depend on the size of past batches."""
+        found = []
+        for name in (leaf.name for leaf in fields(self) if leaf.name != "batch_multiple"):
+            ends = [phase.until for phase in getattr(self, name) if phase.until is not None]
+            if any(parse_position(until)[1] == "tokens" for until in ends):
+                found.append(name)
+        return tuple(found)
 
     def __post_init__(self) -> None:
         if self.batch_multiple < 1:

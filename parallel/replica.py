@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.activity import collective_timeout
 from parallel.checkpoint import Progress, adopt, pieces
 from parallel.recovery import Choice, Copy, newest_whole
 from parallel.snapshot import Piece, Snapshot, as_bytes, size_bytes
@@ -118,7 +119,7 @@ class Replica:
         self._rng = torch.get_rng_state()
         self._pieces = pieces(worker, self._rng, loading=True)
         self.bytes, self.digest = size_bytes(self._pieces), _digest(self._pieces)
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=collective_timeout(worker.job.timeout_seconds))
         self._about: list[tuple[int, str]] = [(0, "")] * self.ranks
         dist.all_gather_object(self._about, (self.bytes, self.digest), group=self._group)
         self.own = region(own, self.bytes)

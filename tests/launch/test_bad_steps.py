@@ -83,3 +83,11 @@ def test_the_rule_goes_on_from_the_metrics(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps({"step": n, "cross_entropy": n / 3}) + "\n" for n in range(1, 100)))
     assert usual_losses(file, 50) == [n / 3 for n in range(51 - WINDOW, 51)]
     assert usual_losses(tmp_path / "none", 0) == []
+
+
+def test_a_line_without_a_loss_says_nothing_about_what_is_usual(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    others = [{}, *({"cross_entropy": value} for value in (None, "2.5", True, [2.5], 10**400, math.nan, math.inf))]
+    lines = [*others, {"cross_entropy": 2.5}, {"cross_entropy": 3}]
+    file.write_text("".join(json.dumps({"step": n, **line}) + "\n" for n, line in enumerate(lines, 1)))
+    assert usual_losses(file, len(lines)) == [2.5, 3.0]

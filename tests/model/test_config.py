@@ -1,10 +1,12 @@
 """Sizes that do not fit together are refused, by the key that has to change."""
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
+import torch
 
-from model.config import ModelConfig
+from model.config import LARGEST, ModelConfig
 from tests.model.tiny import tiny
 
 SIZES = (
@@ -21,6 +23,22 @@ def test_a_size_is_at_least_one(key: str, value: int) -> None:
         tiny(**{key: value})
 
 
+@pytest.mark.parametrize("key", [*SIZES, "original_max_position_embeddings"])
+def test_a_size_beyond_all_models_is_refused_before_anything_is_computed_with_it(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"^model\.{key}={2**40} must be at most \d+$"):
+        tiny(**{key: 2**40})
+
+
+def test_every_number_is_one_that_fp32_has_with_its_square() -> None:
+    numbers = [leaf.name for leaf in fields(ModelConfig) if leaf.type is float]
+    assert len(numbers) == 12
+    for key in numbers:
+        with pytest.raises(ValueError, match=rf"^model\.{key}=1e\+39 must be at most 1\.153e\+18$"):
+            tiny(**{key: 1e39})
+    most = dict(yarn_factor=LARGEST, yarn_mscale=0.0, yarn_mscale_all_dim=LARGEST)
+    assert tiny(**most).softmax_scale < torch.finfo(torch.float32).max
+
+
 @pytest.mark.parametrize(
     "changes,message",
     [
@@ -31,6 +49,9 @@ def test_a_size_is_at_least_one(key: str, value: int) -> None:
         ({"n_group": 3}, r"^model\.n_group=3 must divide n_routed_experts \(8\)"),
         ({"topk_group": 5}, r"^model\.topk_group=5 must be at most n_group \(4\)"),
         ({"num_experts_per_tok": 5}, r"^model\.num_experts_per_tok=5 must be at most .* \(4\)"),
+        ({"routed_scaling_factor": 0.0}, r"^model\.routed_scaling_factor=0\.0 must be above 0"),
+        ({"routed_scaling_factor": 1e-46}, r"^model\.routed_scaling_factor=1e-46 must be above 0: at least 1\.175e-38"),
+        ({"n_shared_experts": 2**17}, r"^model\.n_shared_experts=131072 must be at most 65536"),
         ({"rope_theta": 1.0}, r"model\.rope_theta"),
         ({"rms_norm_eps": 0.0}, r"model\.rms_norm_eps"),
         ({"initializer_range": 0.0}, r"model\.initializer_range"),

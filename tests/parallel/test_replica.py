@@ -8,9 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from parallel.activity import collective_timeout
 from parallel.checkpoint import Progress
 from parallel.mesh import Layout
 from parallel.replica import Mark, Replica, Slot, region
+from parallel.saver import Saver
 from parallel.worker import Worker
 from tests.parallel.test_checkpoint import BF16, step
 from tests.ranks import run_ranks
@@ -56,6 +58,9 @@ def lose(rank: int, folder: Path) -> dict[str, Any]:
         step(worker, number)
         replica.begin(Progress(number + 1, BATCH * (number + 1)))
     before = figures(worker, 3)
+    for group in (replica._group, Saver(folder / "checkpoints", worker, keep=1, asynchronous=False)._group):
+        gloo = group._get_backend(torch.device("cpu"))
+        assert gloo.options._timeout == collective_timeout(JOB.timeout_seconds)  # torch's own default is 30 minutes
     found: dict[str, Any] = {"cost": replica.cost.bytes == replica.bytes, "held": replica.held_bytes}
 
     def again(name: str) -> None:
