@@ -47,7 +47,8 @@ class Scenario:
 
 
 def _rank_dies(name: str, action: Action, point: Point, broken: str, rank: int = -1) -> Scenario:
-    lost_steps = EVERY if point in SAVING else 1
+    # Where the rank's part of the step is done, the others may be done with it before they miss the rank.
+    lost_steps = EVERY if point in (*SAVING, Point.OPTIMIZER) else 1
     return Scenario(name, broken, lost_steps, (Fault(action, rank, _FAULT_STEP, point),), again=Again.LAUNCHER)
 
 

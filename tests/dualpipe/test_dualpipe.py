@@ -62,7 +62,9 @@ def test_dualpipes_order_is_the_tables(ranks: int) -> None:
 @pytest.mark.parametrize("ranks", range(1, 33))
 def test_dualpipevs_order_is_the_tables(ranks: int) -> None:
     every = range(2 * ranks, 4 * ranks + 1)
-    for microbatches in every if ranks % 2 == 0 or ranks < 16 else (*every[:2], *every[:: ranks // 2]):
+    for microbatches in (
+        every if ranks < 16 or (ranks % 2 == 0 and ranks <= 24) else (*every[:2], *every[:: ranks // 2])
+    ):
         program = dualpipev(ranks, microbatches)
         assert program.routes == ((*range(ranks), *range(ranks - 1, -1, -1)),)
         for rank, slots in enumerate(program.slots):

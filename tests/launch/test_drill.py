@@ -63,54 +63,42 @@ def _signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def test_a_killed_or_stopped_rank_a_flipped_bit_and_lost_memory_do_not_show_in_the_end(
+def test_whatever_is_broken_does_not_show_in_the_end(
     two_ranks: Path, temporary: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = ["kill-optimizer", "bit-flip", "lose-memory", "stop"]
+    names = ["kill-optimizer", "bit-flip", "lose-memory", "stop", "nan", "flipped-master"]
     status = drill.main([*names, "--config", str(two_ranks), "--json"])
     out, error = capsys.readouterr()
     assert status == 0, out + error
-    killed, flipped, lost, stopped = json.loads(out)
-    assert killed["scenario"] == "kill-optimizer" and killed["culprit"] == "rank 1 was ended by SIGKILL"
-    assert re.fullmatch(r"step-00000004/__\d_0.distcp", flipped["culprit"])
-    assert lost["lost_steps"] <= 1, "no checkpoint was there, and the memory of the rank's peer was"
-    assert "rank 1 is silent, dead or stopped" in stopped["culprit"]
-    for found in (killed, flipped, lost, stopped):
-        assert found["passed"] and found["bitwise_equal"] and found["leftovers"] == []
-        assert 0 < found["detected_s"] < found["recovered_s"]
-    # Step 5 was done and no checkpoint had it; with the checkpoint of step 4 damaged, 3 and 4 go too.
-    assert (killed["lost_steps"], flipped["lost_steps"]) == (1, 3)
+    verdicts = {verdict["scenario"]: verdict for verdict in json.loads(out)}
+    assert list(verdicts) == names
+    for name, found in verdicts.items():
+        assert found["passed"] and found["bitwise_equal"] and found["leftovers"] == [], name
+        if name not in ("nan", "flipped-master"):
+            assert 0 < found["detected_s"] < found["recovered_s"], name
+    culprits = {name: found["culprit"] for name, found in verdicts.items()}
+    assert culprits["kill-optimizer"] == "rank 1 was ended by SIGKILL"
+    assert re.fullmatch(r"step-00000004/__\d_0.distcp", culprits["bit-flip"])
+    assert "rank 1 is silent, dead or stopped" in culprits["stop"]
+    assert culprits["nan"] == "loss or gradient is not finite (step 6)", "as if its batch had been left out as planned"
+    assert culprits["flipped-master"] == "bits changed by themselves: master weights of rank 1 (step 6)"
+    lost = {name: found["lost_steps"] for name, found in verdicts.items()}
+    assert lost["lose-memory"] <= 1, "no checkpoint was there, and the memory of the rank's peer was"
+    # Step 5 was done and no checkpoint had it; the rank that lives may be done with 6. With the checkpoint of step 4
+    # damaged, 3 and 4 go too.
+    assert lost["kill-optimizer"] in (1, 2) and lost["bit-flip"] == 3
+    assert (lost["nan"], lost["flipped-master"]) == (1, 1)
     assert list(temporary.iterdir()) == []
 
 
-def test_without_the_checksums_a_flipped_bit_fails_the_drill(
-    two_ranks: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status = drill.main(["bit-flip", "--control", "--config", str(two_ranks)])
+def test_without_the_protection_the_drills_fail(two_ranks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = drill.main(["bit-flip", "spike", "--control", "--config", str(two_ranks)])
     out, error = capsys.readouterr()
     assert status == 1, out + error
-    assert re.search(r"\nbit-flip .* differs .* FAILED\n", out)
-    assert "\n    the state after the last step differs\n" in out
-
-
-def test_numbers_gone_bad_do_not_show_in_the_end(two_ranks: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """NaN: as if its batch had been planned to be left out. A flipped master: as if nothing had been."""
-    status = drill.main(["nan", "flipped-master", "--config", str(two_ranks), "--json"])
-    out, error = capsys.readouterr()
-    assert status == 0, out + error
-    nan, flipped = json.loads(out)
-    assert nan["culprit"] == "loss or gradient is not finite (step 6)"
-    assert flipped["culprit"] == "bits changed by themselves: master weights of rank 1 (step 6)"
-    for found in (nan, flipped):
-        assert found["bitwise_equal"] and found["lost_steps"] == 1 and found["leftovers"] == []
-
-
-def test_without_the_watch_a_spike_fails_the_drill(two_ranks: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status = drill.main(["spike", "--control", "--config", str(two_ranks)])
-    out, error = capsys.readouterr()
-    assert status == 1, out + error
-    assert re.search(r"\nspike .* differs .* FAILED\n", out)
-    assert "\n    the culprit was not named\n" in out
+    flipped, spike = out[out.index("\nbit-flip ") :].split("\nspike ")
+    assert re.match(r"\nbit-flip .* differs .* FAILED\n", flipped)
+    assert "\n    the state after the last step differs\n" in f"{flipped}\n"
+    assert re.match(r".* differs .* FAILED\n", spike) and "\n    the culprit was not named\n" in spike
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,8 @@ def test_core_within_documents_is_each_of_them_alone(lengths: list[int], dtype: 
     torch.manual_seed(seed)
     q, k, v = (torch.randn(1, sum(lengths), 2, width).to(dtype) for width in (12, 12, 8))
     documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
-    got = attend(q, k, v, positions=Positions(torch.empty(0), documents))
+    core = attend(*core_inputs(q, k, v), positions=Positions(torch.empty(0), documents))
+    got = core_result(core, v.shape[-1], v.dtype)
     parts = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
     assert got.dtype == dtype
     tolerance = {torch.float32: FP32, torch.bfloat16: 2.0**-8 * v.abs().max().item()}[dtype]

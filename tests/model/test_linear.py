@@ -294,6 +294,7 @@ class Doubled:
         owner: WeightGradients | None,
         ends_E: Tensor | None,
         payload: object | None = None,
+        again: object | None = None,
     ) -> Tensor:
         self.asked = weight, owner, ends_E, payload
         rows = x if payload is None else payload

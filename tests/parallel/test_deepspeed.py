@@ -76,7 +76,7 @@ def train_both(rank: int, layout: Layout, dtype: torch.dtype) -> tuple[Figures, 
 
 @pytest.mark.parametrize(
     ("pipeline", "data", "expert", "dtype"),
-    [(1, 1, 1, "float32"), (2, 1, 1, "float32"), (2, 1, 1, "bfloat16"), (4, 2, 2, "float32")],
+    [(1, 1, 1, "float32"), (2, 1, 1, "float32"), (2, 1, 1, "bfloat16"), (2, 2, 2, "float32")],
 )
 def test_training_equals_the_native_backend(pipeline: int, data: int, expert: int, dtype: str) -> None:
     """Exactly: both do the same FP32 operations in the same order on every element."""
