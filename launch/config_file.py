@@ -172,6 +172,10 @@ def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
+def _is_list(hint: Any) -> bool:
+    return typing.get_origin(hint) is tuple
+
+
 def _is_unicode(value: str) -> bool:
     try:
         value.encode()
@@ -190,11 +194,16 @@ def _float(value: int | float) -> float:
 def _wanted(hint: Any) -> str:
     """A type in words, as the end of 'must be ...'."""
     if _is_union(hint):
-        return " or ".join(_wanted(kind) for kind in typing.get_args(hint))
+        lists_last = sorted(typing.get_args(hint), key=_is_list)
+        between = ", or " if _is_list(lists_last[-1]) else " or "
+        return between.join(_wanted(kind) for kind in lists_last)
     if typing.get_origin(hint) is Literal:
         return " or ".join(typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return f"a list, each item {_wanted(typing.get_args(hint)[0])}"
+        item = typing.get_args(hint)[0]
+        if typing.get_origin(item) is Literal:
+            return f"a list out of {', '.join(typing.get_args(item))}"
+        return f"a list, each item {_wanted(item)}"
     if is_dataclass(hint):
         return f"a mapping of {', '.join(leaf.name for leaf in fields(hint))}"
     words = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}

@@ -37,8 +37,8 @@ what-if, KEY=VALUE,...:
   imbalance=1.1               rows of the busiest expert-parallel rank over the mean
 
 examples:
-  dualpipe plan configs/deepseek-v3.yaml --what-if cluster.gpu=h200,recompute=none
-  dualpipe plan configs/deepseek-v3.yaml layout.expert=32 --what-if ib=25
+  dualpipe plan configs/deepseek-v3.yaml --what-if cluster.gpu=h200,recompute=norm
+  dualpipe plan configs/deepseek-v3.yaml layout.expert=128 --what-if ib=25
   dualpipe plan configs/deepseek-v3.yaml --search --what-if precision=bf16
   dualpipe plan configs/deepseek-v3.yaml --phases configs/phases/deepseek-v3.yaml --what-if precision=fp8
   dualpipe plan configs/tiny-cpu.yaml --calibrate here.yaml
@@ -102,7 +102,9 @@ def _search(args: argparse.Namespace) -> str:
     if args.html:
         raise UsageError(f"--html {args.html} and --search exclude each other: a page is of one layout")
     workload, cluster, run = _inputs(args)
-    found = search(workload, cluster, run)
+    # A ramp's small batches run in few of the layouts: all of them take the run's tokens in full batches.
+    batch = workload.microbatches * workload.layout.data * workload.micro_batch_size
+    found = search(workload, cluster, run.in_full_batches(batch))
     if not found.plans:
         raise UsageError(
             f"none of {found.tried} layouts of {workload.layout.world_size} GPUs fits on {cluster.name}: "
@@ -143,9 +145,19 @@ def _inputs(args: argparse.Namespace) -> tuple[Workload, Cluster, Run]:
     for key, text in wanted.hardware.items():
         cluster = changed(cluster, key, text)
     every = config.checkpoint.every or None
-    # In steps of the full batch: a ramp takes more and shorter ones.
-    steps = -(-config.values().batches.sequences_before(config.train.steps) // config.train.global_batch_size)
-    return workload_of(config, wanted.workload), cluster, Run(steps, every, size(config.model).active)
+    run = Run(config.train.steps, every, size(config.model).active, _ramp(config))
+    return workload_of(config, wanted.workload), cluster, run
+
+
+def _ramp(config: Config) -> tuple[tuple[int, int], ...]:
+    """(steps, sequences of each) of the run's levels below the full batch."""
+    steps, levels = config.train.steps, config.values().batches.levels
+    ends = [*(level.step for level in levels[1:]), steps]
+    return tuple(
+        (min(end, steps) - level.step, level.size)
+        for level, end in zip(levels, ends, strict=True)
+        if level.step < steps and level.size < config.train.global_batch_size
+    )
 
 
 def workload_of(config: Config, changes: Mapping[str, Any] = MappingProxyType({})) -> Workload:

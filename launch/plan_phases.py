@@ -14,10 +14,10 @@ from typing import Any
 import yaml
 
 from launch.command import UsageError
-from launch.plan_table import aligned
+from launch.plan_table import aligned, scaled
 from launch.yaml_strict import DuplicateKeyError, load_yaml
 from parallel.estimate.hardware import Cluster
-from parallel.estimate.phases import Phase, Priced, price
+from parallel.estimate.phases import Phase, PhaseError, Priced, price
 from parallel.estimate.plan import Run, make_plan
 from parallel.estimate.workload import Workload
 
@@ -31,9 +31,12 @@ class Schedule:
 
 
 def answer(path: str, workload: Workload, cluster: Cluster, run: Run, as_json: bool) -> str:
-    """What is to be printed. Raises UsageError, and ValueError for phases that cannot run."""
+    """What is to be printed. Raises UsageError, and ValueError for what the cluster or the schedule refuses."""
     schedule = read(Path(path))
-    priced = price(schedule.phases, workload, cluster, run)
+    try:
+        priced = price(schedule.phases, workload, cluster, run)
+    except PhaseError as error:
+        raise UsageError(f"--phases {path}: {error}") from None
     fraction = make_plan(workload, cluster, run).faults.effective_fraction
     hours = {each.phase.name: each.gpu_hours for each in priced}
     total = sum(hours.values())
@@ -52,16 +55,14 @@ def answer(path: str, workload: Workload, cluster: Cluster, run: Run, as_json: b
             }
         )
     lines = [_table(priced, workload), ""]
-    lines.append(f"in all: {total / 1e6:.4g}M GPU-hours, ${total * cluster.dollars_per_gpu_hour / 1e6:.4g}M")
-    lines[-1] += f"; with failures and checkpoints {total / fraction / 1e6:.4g}M"
+    lines.append(f"in all: {scaled(total)} GPU-hours, ${scaled(total * cluster.dollars_per_gpu_hour)}")
+    lines[-1] += f"; with failures and checkpoints {scaled(total / fraction)}"
     for names, planned, known in compared:
-        lines.append(
-            f"{' + '.join(names)}: {planned / 1e3:.4g}K, published {known / 1e3:.4g}K ({planned / known - 1:+.1%})"
-        )
+        lines.append(f"{' + '.join(names)}: {scaled(planned)}, published {scaled(known)} ({planned / known - 1:+.1%})")
     known = sum(hours for _, hours in schedule.published)
     if {name for names, _ in schedule.published for name in names} == set(hours):
         dollars = known * cluster.dollars_per_gpu_hour
-        lines.append(f"published in all: {known / 1e6:.4g}M, ${dollars / 1e6:.4g}M ({total / known - 1:+.1%})")
+        lines.append(f"published in all: {scaled(known)}, ${scaled(dollars)} ({total / known - 1:+.1%})")
     return "\n".join(lines + _notes(priced, workload))
 
 
@@ -143,18 +144,18 @@ def _table(priced: Sequence[Priced], workload: Workload) -> str:
     rows = ["phase,tokens,context,micro-batches,schedule,GPU-hours,per trillion".split(",")]
     for each in priced:
         if not each.parts:
-            rows.append([each.phase.name, "", "", "", "stated", f"{each.gpu_hours / 1e3:.4g}K", ""])
+            rows.append([each.phase.name, "", "", "", "stated", scaled(each.gpu_hours), ""])
         for part in each.parts:
             first, last = part.microbatches
             rows.append(
                 [
                     each.phase.name,
-                    f"{part.tokens / 1e9:.5g}B",
+                    scaled(part.tokens),
                     str(each.phase.sequence_length),
                     f"{first:g}" if first == last else f"{first:g} to {last:g}",
                     part.schedule,
-                    f"{part.gpu_hours / 1e3:.4g}K",
-                    f"{part.gpu_hours / part.tokens * 1e12 / 1e3:.4g}K",
+                    scaled(part.gpu_hours),
+                    scaled(part.gpu_hours / part.tokens * 1e12),
                 ]
             )
     return aligned(rows)

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from decimal import Decimal
 
 from dualpipe.program import Gather
 from parallel.estimate.plan import Plan
-from parallel.estimate.run import DAY
 from parallel.estimate.search import Found
 from parallel.estimate.spread import Spread
 from parallel.estimate.step import idle_by_cause
@@ -41,12 +41,12 @@ def report(plan: Plan) -> str:
 
 def drawn(plan: Plan, spread: Spread) -> str:
     """What drawn waits and loads do to the step and to the hours."""
-    hours = plan.gpu_hours_per_trillion_tokens / plan.step_seconds / 1e3
+    hours = plan.gpu_hours_per_trillion_tokens / plan.step_seconds
     load = f"uniform from 1 to {2 * plan.workload.imbalance - 1:g} of it" if plan.workload.imbalance > 1 else "the mean"
     slower = spread.mean / plan.step_seconds - 1
     return (
         f"{spread.draws} drawn steps: mean {spread.mean:.4g} s ({slower:+.1%}), 90% between {spread.low:.4g} and "
-        f"{spread.high:.4g} s, {spread.low * hours:.4g}K to {spread.high * hours:.4g}K GPU-hours per trillion\n"
+        f"{spread.high:.4g} s, {scaled(spread.low * hours)} to {scaled(spread.high * hours)} GPU-hours per trillion\n"
         f"waits for peers: gamma, deviation {plan.cluster.skew_variation:g} of the mean; rows of the busiest rank: "
         f"{load}; for every layer of every operation"
     )
@@ -74,7 +74,7 @@ def ranking(found: Found) -> str:
                 _payload(w),
                 f"{plan.memory[plan.fullest_rank].total / 1e9:.1f}",
                 f"{plan.mfu[0]:.1%}",
-                f"{plan.gpu_hours_per_trillion_tokens / 1e3:.1f}K",
+                scaled(plan.gpu_hours_per_trillion_tokens),
             ]
         )
     summary = f"{found.tried} layouts, {len(found.candidates)} fit in memory, the best {len(found.plans)} simulated"
@@ -107,7 +107,7 @@ def _step(plan: Plan) -> list[str]:
     causes = ", ".join(f"{_CAUSES[name]} {seconds:.3g}" for name, seconds in idle_by_cause(plan.result).items())
     (causal, full), (mfu, full_mfu) = plan.tflops, plan.mfu
     return [
-        f"step             {plan.step_seconds:.4g} s, {plan.workload.step_tokens / 1e6:.4g}M tokens; bubble of a rank "
+        f"step             {plan.step_seconds:.4g} s, {scaled(plan.workload.step_tokens)} tokens; bubble of a rank "
         f"on average, s: {causes}",
         f"pair             {plan.pair_seconds * 1e3:.4g} ms in a typical stage, {plan.pair_hidden_fraction:.1%} of its "
         f"communication hidden, {plan.exposed_seconds:.3g} s a step exposed; bound by {plan.bound}",
@@ -119,15 +119,17 @@ def _step(plan: Plan) -> list[str]:
 
 def _run(plan: Plan) -> list[str]:
     faults = plan.faults
+    ramp = sum(steps for steps, _ in plan.run.ramp)
+    of_the_ramp = f", {ramp} of them of smaller batches" if ramp else ""
     dollars = plan.gpu_hours_total * plan.cluster.dollars_per_gpu_hour
     return [
-        f"speed            {plan.tokens_per_day / 1e9:.4g}B tokens a day, "
-        f"{plan.gpu_hours_per_trillion_tokens / 1e3:.4g}K GPU-hours per trillion",
-        f"failures         one every {faults.between_failures / 3600:.3g} h, checkpoints every {faults.interval:.4g} s "
-        f"(best {faults.best_interval:.4g}): {faults.effective_fraction:.2%} of the time trains",
-        f"run              {plan.run.steps} steps: {plan.gpu_hours / 1e6:.4g}M GPU-hours of steps, "
-        f"{plan.gpu_hours_total / 1e6:.4g}M with failures, {plan.gpu_hours_total / plan.gpus * 3600 / DAY:.3g} days, "
-        f"${dollars / 1e6:.4g}M",
+        f"speed            {scaled(plan.tokens_per_day)} tokens a day, "
+        f"{scaled(plan.gpu_hours_per_trillion_tokens)} GPU-hours per trillion",
+        f"failures         one every {scaled(faults.between_failures / 3600, 3)} h, checkpoints every "
+        f"{faults.interval:.4g} s (best {faults.best_interval:.4g}): "
+        f"{faults.effective_fraction:.2%} of the time trains",
+        f"run              {plan.run.steps} steps{of_the_ramp}: {scaled(plan.gpu_hours)} GPU-hours of steps, "
+        f"{scaled(plan.gpu_hours_total)} with failures, {_span(plan.gpu_hours_total / plan.gpus)}, ${scaled(dollars)}",
     ]
 
 
@@ -135,6 +137,19 @@ def _assumed(plan: Plan) -> str:
     sources = plan.cluster.sources
     named = [key for key, source in sources.items() if source.startswith("assumed")]
     return ", ".join(named) or "nothing"
+
+
+def _span(hours: float) -> str:
+    size, unit = (24, "days") if hours >= 24 else (1, "h") if hours >= 1 else (1 / 3600, "s")
+    return f"{scaled(hours / size, 3)} {unit}"
+
+
+def scaled(value: float, digits: int = 4) -> str:
+    """A number of so many digits, in thousands (K), millions (M), billions (B) or trillions (T) from 1 of them on."""
+    rounded = float(f"{value:.{digits - 1}e}")
+    units = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+    size, unit = next((each for each in units if rounded >= each[0]), (1.0, ""))
+    return f"{Decimal(f'{rounded / size:.{digits}g}'):f}{unit}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -19,6 +19,10 @@ from parallel.estimate.plan import Plan, Run, make_plan
 from parallel.estimate.workload import Workload
 
 
+class PhaseError(ValueError):
+    """A phase that does not run on the workload's layout; one line with its name, key and rule."""
+
+
 @dataclass(frozen=True)
 class Phase:
     """``batch``: sequences a step, at its beginning and at its end; ``gpu_hours``: stated instead of planned."""
@@ -56,7 +60,7 @@ class Priced:
 
 
 def price(phases: Sequence[Phase], workload: Workload, cluster: Cluster, run: Run) -> list[Priced]:
-    """Every phase on the workload's layout. Raises ValueError, naming the phase, for a batch that no schedule runs."""
+    """Every phase on the workload's layout. Raises PhaseError for one that does not run there."""
     return [
         Priced(phase, () if phase.gpu_hours is not None else tuple(_parts(phase, workload, cluster, run)))
         for phase in phases
@@ -67,30 +71,46 @@ def _parts(phase: Phase, workload: Workload, cluster: Cluster, run: Run) -> list
     pieces = phase.sequence_length / workload.sequence_length
     own = replace(workload, context_length=phase.sequence_length if pieces > 1 else 0)
     if pieces < 1:
-        raise ValueError(f"phase {phase.name}: sequence_length={phase.sequence_length} must not be below the run's")
+        raise PhaseError(
+            f"phase {phase.name}: sequence_length={phase.sequence_length} must be at least train.sequence_length "
+            f"({workload.sequence_length})"
+        )
     each = pieces / (workload.layout.data * workload.micro_batch_size)
     first, last = phase.batch[0] * each, phase.batch[1] * each
     least = fewest(own.schedule, own.layout.pipeline)
-    if max(first, last) < 1:
-        raise ValueError(f"phase {phase.name}: {max(phase.batch):g} sequences leave replicas without a micro-batch")
+    if first < 1:  # a batch never falls
+        longer = f" x train.sequence_length / {phase.sequence_length}" if pieces > 1 else ""
+        raise PhaseError(
+            f"phase {phase.name}: global_batch_size={phase.batch[0]:g} must be at least layout.data x "
+            f"train.micro_batch_size{longer} ({1 / each:g}), a micro-batch for each replica"
+        )
     cut = min(max(first, least), last) if last > first else first
     parts: list[Part] = []
     for start, end in ((first, cut), (cut, last)):
         if start < end or (start == end == first == last and not parts):
             share = (end - start) / (last - first) if last > first else 1.0
             low = start < least
-            parts.append(_part(own, cluster, run, phase.tokens * share, (start, end), low))
+            parts.append(_part(phase.name, own, cluster, run, phase.tokens * share, (start, end), low))
     return parts
 
 
 def _part(
-    workload: Workload, cluster: Cluster, run: Run, tokens: float, microbatches: tuple[float, float], low: bool
+    name: str,
+    workload: Workload,
+    cluster: Cluster,
+    run: Run,
+    tokens: float,
+    microbatches: tuple[float, float],
+    low: bool,
 ) -> Part:
     """``low``: too few micro-batches for the workload's own schedule."""
-    candidates = [name for name in schedules.SCHEDULES if name != workload.schedule] if low else [workload.schedule]
-    lines = [line for name in candidates if (line := _line(workload, name, microbatches, cluster, run)) is not None]
+    candidates = [each for each in schedules.SCHEDULES if each != workload.schedule] if low else [workload.schedule]
+    lines = [line for each in candidates if (line := _line(workload, each, microbatches, cluster, run)) is not None]
     if not lines:
-        raise ValueError(f"{microbatches[0]:g} micro-batches for each replica are too few for every schedule")
+        raise PhaseError(
+            f"phase {name}: global_batch_size leaves {microbatches[0]:g} micro-batches for each replica, too few for "
+            f"every schedule on layout.pipeline={workload.layout.pipeline} ranks"
+        )
     seconds = {line: line.seconds_per_microbatch(microbatches) for line in lines}
     best = min(lines, key=lambda line: (not line.plan.fits, seconds[line]))
     w = workload

@@ -1,7 +1,7 @@
 """Everything that ``dualpipe plan`` says about one workload on one cluster."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -43,11 +43,19 @@ from parallel.estimate.workload import Workload, spell
 @dataclass(frozen=True)
 class Run:
     """``steps`` of training, with a checkpoint every so many of them; None: at the best interval. ``active``: the
-    weights that a token is multiplied with."""
+    weights that a token is multiplied with. ``ramp``: (steps, sequences of each) for those of the steps that take less
+    than the full batch."""
 
     steps: int
     checkpoint_every: int | None
     active: int
+    ramp: tuple[tuple[int, int], ...] = ()
+
+    def in_full_batches(self, sequences: int) -> "Run":
+        """As many steps of so many ``sequences`` as take the run's tokens."""
+        taken = sum(steps * smaller for steps, smaller in self.ramp)
+        full = self.steps - sum(steps for steps, _ in self.ramp)
+        return replace(self, steps=full + -(-taken // sequences), ramp=())
 
 
 @dataclass(frozen=True)
@@ -139,10 +147,26 @@ class Plan:
         """Of steps alone, without failures and checkpoints."""
         return 1e12 / self.workload.step_tokens * self.step_seconds * self.gpus / 3600
 
+    @cached_property
+    def run_seconds(self) -> float:
+        """Of the run's steps alone. A step takes a + b M seconds for M micro-batches once they fill the pipeline, so
+        that the smallest step of a ramp and the full one give all between them. Raises ValueError for a ramp whose
+        smallest batch the schedule refuses."""
+        seconds = self.run.steps * self.step_seconds
+        if not self.run.ramp:
+            return seconds
+        w = self.workload
+        of_each = w.layout.data * w.micro_batch_size
+        least = min(sequences for _, sequences in self.run.ramp) // of_each
+        smallest = make_plan(replace(w, microbatches=least), self.cluster, self.run)
+        slope = (self.step_seconds - smallest.step_seconds) / (w.microbatches - least)
+        missing = sum(steps * (w.microbatches - sequences / of_each) for steps, sequences in self.run.ramp)
+        return seconds - slope * missing
+
     @property
     def gpu_hours(self) -> float:
         """Of the run's steps alone."""
-        return self.run.steps * self.step_seconds * self.gpus / 3600
+        return self.run_seconds * self.gpus / 3600
 
     @property
     def gpu_hours_total(self) -> float:
@@ -181,6 +205,7 @@ class Plan:
             "fp8_payload": self.workload.precision == "fp8" and self.workload.fp8_payload,
             "mtp": self.workload.mtp,
             "layers": [len(each) for each in self.layers],
+            "steps": self.run.steps,
             "step_seconds": self.step_seconds,
             "tokens_per_step": self.workload.step_tokens,
             "tokens_per_day": self.tokens_per_day,

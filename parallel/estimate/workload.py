@@ -28,8 +28,11 @@ def recompute_of(text: str) -> Recompute:
     known = get_args(Recomputed)
     if text in ("none", "full"):
         return "full" if text == "full" else ()
-    if set(text.split("+")) <= set(known):
-        return tuple(name for name in known if name in text.split("+"))
+    names = text.split("+")
+    if set(names) <= set(known):
+        if len(set(names)) < len(names):
+            raise ValueError(f"recompute={text} must name nothing twice")
+        return tuple(name for name in known if name in names)
     raise ValueError(f"recompute={text} must be none, full, or some of {'+'.join(known)} with + between them")
 
 

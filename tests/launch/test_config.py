@@ -409,7 +409,7 @@ def test_hierarchical_dispatch_needs_whole_nodes(tmp_path: Path) -> None:
     [
         ("[norm, swigl]", "model.recompute[1]='swigl' must be norm or mla_up or swiglu"),
         ("[norm, norm]", "model.recompute=['norm', 'norm'] must name nothing twice"),
-        ("norm", "model.recompute='norm' must be a list, each item norm or mla_up or swiglu or full"),
+        ("norm", "model.recompute='norm' must be full, or a list out of norm, mla_up, swiglu"),
     ],
 )
 def test_recompute_is_a_list_of_known_names_or_full(tmp_path: Path, value: str, message: str) -> None:

@@ -2,11 +2,16 @@
 
 import json
 import re
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from launch.plan import main, read_cluster
+from launch.plan import _EPILOG, _inputs, _parser, main, read_cluster
+from launch.plan_table import scaled
+from parallel.estimate.fit import check
+from parallel.estimate.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
 V3 = str(ROOT / "configs" / "deepseek-v3.yaml")
@@ -27,7 +32,10 @@ def answer(capsys: pytest.CaptureFixture[str], *options: str) -> str:
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     plan = json.loads(answer(capsys, *AS_TRAINED, "--json"))
     assert [key for key in KEYS if key not in plan] == []
-    assert len(plan["ranks"]) == 16
+    assert plan["steps"] == 241458 and len(plan["ranks"]) == 16
+    whole = plan["steps"] * plan["step_seconds"] * plan["gpus"] / 3600
+    at_full_batch = 235240 / 241458 * whole  # the same tokens
+    assert at_full_batch < plan["gpu_hours_without_faults"] < 1.01 * at_full_batch
     for rank in plan["ranks"]:
         assert [key for key in OF_A_RANK if key not in rank] == []
         assert sum(rank[key] for key in OF_A_RANK[:-1]) == pytest.approx(plan["step_seconds"])
@@ -42,11 +50,45 @@ def test_table_and_page(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     lines = answer(capsys, *AS_TRAINED, "--html", str(page)).splitlines()
     assert lines[0].startswith("2048 x h800: dualpipe, pipeline 16 x data 128, expert 64, 120 micro-batches")
     assert len([line for line in lines if line.split()[:1] and line.split()[0].isdigit()]) == 17
+    assert "run              241458 steps, 13673 of them of smaller batches: 2.741M GPU-hours of" in "\n".join(lines)
     text = page.read_text(encoding="utf-8")
     assert "<script" in text and text.count('class="memory"') == 16 * 6 and "GPU-hours per trillion" in text
     points = re.findall(r"<title>(\w+) \[4096, 7168\] x \[7168, 1536\]: ([\d.]+) TFLOPS", text)
     # q_a: 0.519 of FP8's peak on 112 of 132 multiprocessors, as the trace has it.
     assert points == [("fp8", f"{0.519 * 1978.9 * 112 / 132:.4g}")]
+
+
+def test_every_example_of_the_help_parses_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    lines = [line.split() for line in _EPILOG.partition("examples:")[2].strip().splitlines()]
+    assert len(lines) >= 5
+    for line in lines:
+        assert line[:2] == ["dualpipe", "plan"]
+        args = _parser().parse_intermixed_args(shlex.split(" ".join(line[2:])))
+        if args.cluster == "here.yaml":  # the example before writes it
+            args.cluster = None
+        workload, cluster, run = _inputs(args)
+        if not (args.search or args.phases or args.calibrate):
+            # Memory is full once the pipeline is: 2 x pipeline micro-batches.
+            check(make_plan(replace(workload, microbatches=2 * workload.layout.pipeline), cluster, run))
+        assert args.phases is None or Path(args.phases).is_file()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (2_741_234, "2.741M"),
+        (999_960, "1M"),
+        (266.3e9, "266.3B"),
+        (14.8e12, "14.8T"),
+        (0, "0"),
+        (0.03436, "0.03436"),
+        (3.436e-8, "0.00000003436"),
+        (41.95, "41.95"),
+    ],
+)
+def test_numbers_are_printed_in_units_of_their_size(value: float, text: str) -> None:
+    assert scaled(value) == text
 
 
 def test_what_if_and_overrides_change_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,6 +134,7 @@ def test_what_if_and_overrides_change_the_answer(capsys: pytest.CaptureFixture[s
         ),
         (["--cluster", "h100", "--what-if", "cluster.gpu=h200"], "exclude each other"),
         (["--what-if", "precision=fp4"], "precision=fp4 must be fp8 or bf16 or fp32"),
+        (["--what-if", "recompute=norm+norm"], "recompute=norm+norm must name nothing twice"),
         (["--what-if", "mtp=half"], "--what-if mtp=half must be a whole number"),
         (
             ["--what-if", "precision=fp8,cluster.gpu=a100"],
@@ -167,7 +210,7 @@ def test_phases_are_priced_and_compared(capsys: pytest.CaptureFixture[str], tmp_
     assert found["published"][0]["gpu_hours"] == pytest.approx(found["gpu_hours"])
     text = answer(capsys, *small, *AS_TRAINED, "--phases", str(file))
     assert "ramp: 4 to 8 micro-batches for each replica are too few for dualpipe on 4 ranks" in text
-    assert "published in all: 0.4M" in text
+    assert "published in all: 400K" in text
 
 
 @pytest.mark.parametrize(
@@ -184,6 +227,18 @@ def test_phases_are_priced_and_compared(capsys: pytest.CaptureFixture[str], tmp_
         (
             "phases: [{name: a, steps: 9, sequence_length: 4096, global_batch_size: [5, 4]}]",
             "global_batch_size=[5, 4] must not fall",
+        ),
+        (
+            "phases: [{name: a, tokens: 9, sequence_length: 4096, global_batch_size: [100, 15360]}]",
+            "phases.yaml: phase a: global_batch_size=100 must be at least layout.data x train.micro_batch_size (128),",
+        ),
+        (
+            "phases: [{name: a, tokens: 9, sequence_length: 8192, global_batch_size: 60}]",
+            "must be at least layout.data x train.micro_batch_size x train.sequence_length / 8192 (64)",
+        ),
+        (
+            "phases: [{name: a, steps: 9, sequence_length: 2048, global_batch_size: 512}]",
+            "phase a: sequence_length=2048 must be at least train.sequence_length (4096)",
         ),
     ],
 )

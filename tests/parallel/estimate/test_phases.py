@@ -61,5 +61,5 @@ def test_a_longer_context_costs_its_larger_core_and_stated_hours_nothing_else() 
 
 
 def test_a_batch_that_leaves_replicas_idle_is_refused() -> None:
-    with pytest.raises(ValueError, match="phase tiny: 8 sequences leave replicas without a micro-batch"):
+    with pytest.raises(ValueError, match="phase tiny: global_batch_size=8 must be at least"):
         price([Phase("tiny", 1e12, LENGTH, (8, 8))], smaller(), ROOMY, RUN)

@@ -48,6 +48,24 @@ def test_the_seconds_of_every_rank_add_up_to_the_step(schedule: str) -> None:
     )
 
 
+@settings(max_examples=10, deadline=None)
+@given(
+    st.sampled_from(["dualpipe", "1f1b", "zb1p"]), st.lists(st.sampled_from([8, 10, 12, 14]), min_size=1, unique=True)
+)
+def test_a_ramp_costs_what_its_steps_do(schedule: str, levels: list[int]) -> None:
+    workload = smaller(schedule=schedule, microbatches=16)
+    ramp = tuple((3, 64 * microbatches) for microbatches in levels)
+    plan = make_plan(workload, H800, replace(RUN, steps=100, ramp=ramp))
+    steps = [make_plan(replace(workload, microbatches=m), H800, RUN).step_seconds for m in levels]
+    # The fewest micro-batches that DualPipe runs are just below the line through the others.
+    expected = 3 * sum(steps) + (100 - 3 * len(levels)) * plan.step_seconds
+    assert plan.run_seconds == pytest.approx(expected, rel=2e-4)
+    assert plan.gpu_hours == pytest.approx(expected * 256 / 3600, rel=2e-4)
+    full = plan.run.in_full_batches(1024)
+    tokens = sum(3 * 64 * m for m in levels) + (100 - 3 * len(levels)) * 1024
+    assert full.ramp == () and 0 <= full.steps * 1024 - tokens < 1024
+
+
 SLOWER = st.sampled_from(["nvlink_gb_per_s", "ib_gb_per_s", "memory_gb_per_s", "bf16_tflops", "fp8_tflops"])
 
 
