@@ -2,11 +2,11 @@
 
 Everything that can be known to be wrong before the first rank starts is refused here, in one line that names the key,
 its value and the rule. A ``Config`` that exists is one that can run, up to the machine: ``check_world_size`` compares
-it with the ranks there are, and ``resume_differences`` with the run that a folder already holds.
+it with the ranks there are, ``resume_rules.py`` with the run that a folder already holds.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,6 @@ __all__ = [
     "dump",
     "from_dict",
     "load",
-    "resume_differences",
     "show",
     "to_dict",
 ]
@@ -312,38 +311,6 @@ def check_world_size(config: Config, world_size: int) -> None:
         )
 
 
-_BATCH_SIZES = ("train.global_batch_size", "phases.global_batch_size", "phases.batch_multiple")
-_FREE = ("model.recompute",)  # the same bits either way
-_FIXED = ("train.seed", "train.sequence_length", "data.validation_fraction", "data.fill_in_middle")
-
-
-def resume_differences(old: Config, new: Config) -> tuple[list[str], list[str]]:
-    """What a resumed run would change: (refused, recorded), each line 'KEY: run has OLD, given NEW'.
-
-    What decides the meaning of a checkpoint (the model, the seed, how the data are cut) must stay; what of the model is
-    recomputed, the layout, the length of the run, the optimizer's constants and the rest may change between two starts.
-    So may the name under which the data are found: whether they are the same is for their fingerprint to say.
-
-    Where phases count tokens, the sizes of batches must stay: how many tokens the steps so far took is computed from
-    them. For the same reason phases cannot begin to count tokens in a run whose sizes could change until now.
-    """
-    refused: list[str] = []
-    recorded: list[str] = []
-    new_values = dict(_flatten(to_dict(new)))
-    counted = bool(old.phases.in_tokens)
-    begins = () if counted else [f"phases.{name}" for name in new.phases.in_tokens]
-    for key, value in _flatten(to_dict(old)):
-        if value != new_values[key]:
-            fixed = key in _FIXED or (key.startswith("model.") and key not in _FREE)
-            line = f"{key}: run has {_typed(value)}, given {_typed(new_values[key])}"
-            if key in _BATCH_SIZES and counted:
-                fixed, line = True, f"{line}, which must stay: phases count the tokens of past steps"
-            elif key in begins:
-                fixed, line = True, f"{line}, which must not count tokens: the run did not from its beginning"
-            (refused if fixed else recorded).append(line)
-    return refused, recorded
-
-
 def _cross_check(config: Config) -> None:
     """The rules that span sections."""
     train, layout, model = config.train, config.layout, config.model
@@ -428,16 +395,3 @@ def _check(holds: bool, key: str, value: object, rule: str) -> None:
 def _check_count(key: str, value: int, least: int = 0, limit: int = COUNT_LIMIT) -> None:
     _check(value >= least, key, value, f"must be at least {least}" if least else "must not be negative")
     _check(value < limit, key, value, f"must be below {limit}")
-
-
-def _typed(value: Any) -> str:
-    """A value as an override has it; lists of mappings too."""
-    if not isinstance(value, (tuple, list)):
-        return show(value)
-    return dump_yaml(value, one_line=True).strip()
-
-
-def _flatten(values: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
-    for section, part in values.items():
-        for leaf, value in part.items():
-            yield f"{section}.{leaf}", value

@@ -16,8 +16,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from launch.config import Config, ConfigError, dump, load, resume_differences, show
+from launch.config import Config, ConfigError, dump, load, show
 from launch.metrics import EventLog
+from launch.resume_rules import resume_differences
 from launch.whole_file import write_whole
 
 ORIGIN = "hugging_face"

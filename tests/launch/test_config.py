@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from dualpipe.program import dump as dump_program
 from dualpipe.schedules import generate
-from launch.config import Config, ConfigError, check_world_size, dump, from_dict, load, resume_differences, to_dict
+from launch.config import Config, ConfigError, check_world_size, dump, from_dict, load, to_dict
+from launch.resume_rules import resume_differences
 from parallel.optimizer_config import OptimizerConfig
 from parallel.phases import Batches, Course, PhasesConfig, warm_up_and_decay
 
