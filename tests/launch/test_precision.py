@@ -62,7 +62,7 @@ def test_the_table_names_layers_and_backend(arguments: list[str], capsys: pytest
             ["--backend", "fast"],
             "--backend=fast: FP8 backend 'fast' must be auto, reference, emulated, scaled_mm, triton",
         ),
-        (["model.hidden_size=65536", "model.intermediate_size=10000000"], "fewer model.num_hidden_layers"),
+        (["model.hidden_size=65536", "model.intermediate_size=1048576"], "fewer model.num_hidden_layers"),
         (["model.depth=3"], "model.depth"),
     ],
 )
