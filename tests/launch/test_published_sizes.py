@@ -36,3 +36,8 @@ def test_deepseek_v2_lite_has_its_size_under_the_newer_router() -> None:
     assert size(config.model).total == 15_706_484_224 + 26 * 64  # as published, and a bias for each expert
     same_size = replace(config.model, norm_topk_prob=False, routed_scaling_factor=1.0)
     assert size(same_size) == size(config.model)
+
+
+def test_moe_1b_is_a_billion_parameters_of_which_a_token_uses_a_quarter() -> None:
+    found = size(load(CONFIGS / "moe-1b.yaml").model)
+    assert str(found) == ("909.7M parameters, 215.5M of them active for a token; 57.2M more for multi-token prediction")
