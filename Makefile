@@ -9,6 +9,9 @@ PIP_ARGS ?=
 # Overrides for train (train.steps=20), options for test (-k router).
 ARGS ?=
 
+# Test files that run at once, each in a process; what a test starts comes on top.
+TEST_PROCESSES ?= 2
+
 INSTALL = cd "$(ROOT)" && "$(VENV)/bin/python" -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -24,7 +27,7 @@ train: $(VENV)/.installed-run
 	cd "$(ROOT)" && "$(VENV)/bin/dualpipe" train configs/tiny-cpu.yaml $(ARGS)
 
 test: $(VENV)/.installed-test
-	cd "$(ROOT)" && "$(VENV)/bin/python" -m pytest $(ARGS)
+	cd "$(ROOT)" && "$(VENV)/bin/python" -m pytest -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
 
 check: $(VENV)/.installed-dev
 	cd "$(ROOT)" && "$(VENV)/bin/ruff" check .

@@ -34,6 +34,7 @@ setup(
             "pytest",
             "hypothesis",
             "pytest-timeout",
+            "pytest-xdist",
             "transformers",
             "tokenizers>=0.20",
             "pyarrow>=17",
