@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 from launch.config import Config, load
 from launch.data import Dataset, open_dataset
+from launch.job import job_of
 from launch.rank import die_with_parent, keep_memory, run_in_long_slices
-from parallel.worker import Job, Worker
+from parallel.worker import Worker
 
 CONFIG = Path(__file__).with_name("fp8_loss.yaml")
 VARIANTS = ("bf16", "control", "fp8")
@@ -62,7 +63,7 @@ def work(rank: int, runs: list[Run], steps: int, results: Path, stamp: dict[str,
 def train(config: Config, rank: int, moved: bool) -> list[float]:
     """Cross-entropy (nats a token) of every step. Collective."""
     data = open_dataset(config)
-    worker = Worker(_job(config), rank)
+    worker = Worker(job_of(config, torch.device("cpu"), config.layout.world_size, data.document_end), rank)
     if moved:
         move_weight(worker)
     return [round(_step(worker, config, data, step), 6) for step in range(config.train.steps)]
@@ -84,21 +85,3 @@ def _step(worker: Worker, config: Config, data: Dataset, step: int) -> float:
     first, count = worker.rows(config.train.global_batch_size)
     tokens = torch.from_numpy(data.sequences(step, first, count)) if worker.needs_data else None
     return worker.train_step(tokens, config.values().at(step).learning_rate).cross_entropy
-
-
-def _job(config: Config) -> Job:
-    train, fp8 = config.train, config.precision.compute == "fp8"
-    return Job(
-        model=config.model,
-        layout=config.layout,
-        schedule=config.schedule.name,
-        dtype=torch.bfloat16,
-        device=torch.device("cpu"),
-        seed=train.seed,
-        sequence_length=train.sequence_length,
-        global_batch_size=train.global_batch_size,
-        micro_batch_size=train.micro_batch_size,
-        optimizer=config.optimizer,
-        fp8="emulated" if fp8 else None,
-        fp8_payload=fp8,
-    )

@@ -136,8 +136,9 @@ def _serve(pipe: Connection, config: Config, store: Path, rank: int) -> None:
     import torch.distributed as dist
 
     from benchmarks.measure import top_operators
+    from launch.job import job_of
     from launch.rank import die_with_parent, keep_memory, run_in_long_slices
-    from parallel.worker import Job, Worker
+    from parallel.worker import Worker
 
     die_with_parent()
     try:
@@ -148,23 +149,8 @@ def _serve(pipe: Connection, config: Config, store: Path, rank: int) -> None:
         if layout.world_size > 1:
             there, timeout = f"file://{store}", timedelta(seconds=TIMEOUT_S)
             dist.init_process_group("gloo", there, timeout, world_size=layout.world_size, rank=rank)
-        worker = Worker(
-            Job(
-                model=config.model,
-                layout=layout,
-                schedule=config.schedule.name,
-                dtype=torch.float32 if config.precision.compute == "fp32" else torch.bfloat16,
-                fp8=config.precision.backend if config.precision.compute == "fp8" else None,
-                fp8_payload=config.fp8_payload,
-                device=torch.device("cpu"),
-                seed=train.seed,
-                sequence_length=train.sequence_length,
-                global_batch_size=train.global_batch_size,
-                micro_batch_size=train.micro_batch_size,
-                optimizer=config.optimizer,
-            ),
-            rank,
-        )
+        job = job_of(config, torch.device("cpu"), ranks_per_node=layout.world_size, document_end=0)
+        worker = Worker(job, rank)
         generator = torch.Generator().manual_seed(train.seed)
         shape = (train.global_batch_size, train.sequence_length + 1)
         first, count = worker.rows(train.global_batch_size)

@@ -5,15 +5,15 @@ from dataclasses import replace
 import torch
 
 from launch.config import Config, ConfigError
-from launch.rank import Place
 from parallel.worker import Job
 
 
-def job_of(config: Config, device: torch.device, here: Place, document_end: int) -> Job:
-    """Raises ConfigError when dispatch cannot go by the nodes that there are."""
+def job_of(config: Config, device: torch.device, ranks_per_node: int, document_end: int) -> Job:
+    """``ranks_per_node``: that the launcher started, where the configuration leaves it to the launcher;
+    ``document_end``: the token behind a document. Raises ConfigError when dispatch cannot go by the nodes there are."""
     train, layout = config.train, config.layout
     if not layout.ranks_per_node:
-        layout = replace(layout, ranks_per_node=here.local_world_size)
+        layout = replace(layout, ranks_per_node=ranks_per_node)
     try:
         if config.dispatch.kind == "hierarchical":
             layout.check_nodes()

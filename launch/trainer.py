@@ -79,7 +79,7 @@ class Trainer:
         self.data = together(lambda: open_dataset(config), (DataError,))
         lock = together(self._open_folder, (ConfigError,))
         try:
-            job = job_of(config, self.device, self.here, self.data.document_end)
+            job = job_of(config, self.device, self.here.local_world_size, self.data.document_end)
             self.worker = Worker(job, self.rank, store_of_the_job())
             if self.arguments.board is not None:
                 self.worker.activity.publish(Line(self.arguments.board, self.rank).write, BEAT_SECONDS)
