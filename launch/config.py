@@ -196,7 +196,7 @@ class RecoveryConfig:
     """Times the usual spread above the usual loss that make a step a bad one; 0 is never."""
     hash_every: int = 0
     """Steps between two comparisons of all copies of the parameters (parallel/flips.py), apart from those before each
-    checkpoint; 0 makes none."""
+    checkpoint that is due, which that at a stop is not; 0 makes none."""
     hang_factor: float = 0.0
     """A step in which no rank comes further for so many median steps, and at least a second, hangs: the rank that is
     to blame is named and killed, as if it had died. 0 leaves hangs to train.timeout_seconds; otherwise at least 2, and

@@ -28,8 +28,8 @@ from launch.run_folder import RunFolder, tokenizer_of
 USER_ERROR = 2
 FAILED = 1
 DIVERGED = 3
-"""A rank's status when the loss or its gradient is not finite: the launcher does not start it again, to the same end.
-The command's is FAILED."""
+"""A rank's status when steps are bad and the run cannot go on by itself (bad_steps.py): the launcher does not start it
+again, to the same end. The command's is FAILED."""
 LOST_PEER_SECONDS = 2.0
 LOCAL_RANKS_LIMIT = 64
 """Ranks that are started on a machine of few cores at most: each of them is a process with torch in it."""

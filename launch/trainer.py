@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,14 +24,13 @@ from launch.hang import BEAT_SECONDS, Line
 from launch.job import job_of
 from launch.metrics import LiveView, MetricsLog, print_summary
 from launch.rank import Place, store_of_the_job, together
+from launch.resume import Resume, open_memory
 from launch.run_folder import RunFolder
 from launch.step_entry import step_entry, summary
 from launch.stop import StopRequest
 from launch.trace import Recorder
 from launch.train import DIVERGED
-from parallel import checkpoint
-from parallel.checkpoint import CheckpointError, DamagedCheckpointError, Progress
-from parallel.replica import Replica
+from parallel.checkpoint import CheckpointError, Progress
 from parallel.saver import Saver
 from parallel.stage import PADDING
 from parallel.step_end import Refusal
@@ -68,11 +68,10 @@ class Trainer:
         self.skipped, self.spikes = SkippedBatches(config.data.skip_batches), SpikeRule(0.0)
         self.bad_steps, self.rollbacks, self.farthest = 0, 0, 0
         self.returned: tuple[str, float] | None = None
-        self.spoiled: set[Path] = set()
 
     def run(self) -> int:
         """Train to ``train.steps``. Exit status 0, 128 + N when signal N asked to stop, or, on all ranks alike,
-        DIVERGED when a loss or its gradient is not finite."""
+        DIVERGED when steps are bad and the run cannot go on by itself (bad_steps.py)."""
         config = self.config
         drill = read_plan(Path(os.environ[PLAN]), self.folder.path) if PLAN in os.environ else None
         torch.manual_seed(config.train.seed + self.rank)
@@ -86,10 +85,12 @@ class Trainer:
             if self.leads and self.worker.products is not None:
                 self._say(str(self.worker.products))
             self.recorder = Recorder(self.worker.program, config.layout, self.rank) if config.run.trace else None
-            self.replica = self._open_memory()
+            every, memory = config.recovery.replicate_every, self.arguments.memory
+            self.replica = open_memory(self.worker, every, memory, self.folder)
+            self.resume = Resume(self.worker, self.replica, self.folder, self._say)
             if drill is not None:
                 self._expect_faults(drill)
-            self._resume()
+            self._go_on()
             self._know_history()
             keep, asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
             self.saver = Saver(self.folder.checkpoints, self.worker, keep, asynchronous)
@@ -136,69 +137,14 @@ class Trainer:
         self.skipped = SkippedBatches(self.config.data.skip_batches, box[0])
         self.spikes = SpikeRule(self.config.recovery.spike_factor, box[1])
 
-    def _open_memory(self) -> Replica | None:
-        """What outlives this rank in memory. Raises ConfigError on every rank when it cannot be had."""
-        every, memory = self.config.recovery.replicate_every, self.arguments.memory
-        if not every:
-            return None
-        assert memory is not None, "refused before"
-
-        def open_regions() -> Replica:
-            try:
-                return Replica(self.worker, every, *memory[self.rank])
-            except OSError as error:
-                raise ConfigError(
-                    f"recovery.replicate_every={every}: no room in memory for snapshots ({error.strerror})"
-                ) from error
-
-        replica = together(open_regions, (ConfigError,))
-        self.worker.end.readers.append(replica.finish)
-        if self.leads:
-            self.folder.events.write("replica", every=every, bytes=replica.held_bytes, keeper=replica.keeper)
-        return replica
-
-    def _resume(self, from_memory: bool = True) -> bool:
-        """Go on from memory, or from the newest whole checkpoint, whichever is further -> whether there was any.
-
-        Raises CheckpointError on every rank when there are checkpoints and none of them is whole, nor is memory.
-        """
-        box = [checkpoint.published(self.folder.checkpoints) if self.leads else []]
-        dist.broadcast_object_list(box)
-        choice = self.replica.newest() if self.replica is not None and from_memory else None
-        resumed = False
-        lacking: CheckpointError | None = None
-        for path in reversed(box[0]):
-            if choice is not None and choice.step >= checkpoint.step_of(path):
-                break
-            try:
-                self.progress = checkpoint.load(path, self.worker)
-            except DamagedCheckpointError as error:
-                lacking = error
-                self.spoiled.add(path)
-                if self.leads:
-                    self._say(f"skipped: {error}")
-                    self.folder.events.write("skipped a checkpoint", checkpoint=str(path), reason=str(error))
-                continue
-            self._note_resume(str(path), source="checkpoint", checkpoint=str(path))
-            choice, lacking, resumed = None, None, True
-            break
-        if self.replica is not None and choice is not None:
-            self.progress, lacking, resumed = self.replica.restore(choice), None, True
-            lost = [owner for owner, holder in sorted(choice.holders.items()) if owner != holder]
-            self._note_resume("memory", source="memory", from_peers=lost)
-        if self.replica is not None:
-            self.replica.forget_after(self.progress.step)
-        if lacking is not None:
-            raise CheckpointError(f"{lacking}; no other is whole, so run.dir={self.folder.path} cannot go on")
-        return resumed
-
-    def _note_resume(self, origin: str, **details: Any) -> None:
-        if not self.leads:
-            return
-        self.folder.events.write("resume", step=self.progress.step, **details)
-        self._say(f"resuming from {origin}, after step {self.progress.step}")
-        if self.progress.step >= self.config.train.steps:
-            self._say(f"nothing to train: train.steps={self.config.train.steps} are done")
+    def _go_on(self, from_memory: bool = True) -> bool:
+        """Go on from where the run stands -> whether there was anything to go on from."""
+        progress = self.resume.go_on(from_memory)
+        if progress is not None:
+            self.progress = progress
+            if progress.step >= self.config.train.steps and self.leads:
+                self._say(f"nothing to train: train.steps={self.config.train.steps} are done")
+        return progress is not None
 
     def _train(self) -> int:
         """The loop; returns the signal that ended it early, or 0."""
@@ -208,11 +154,12 @@ class Trainer:
         self.stop.graceful = True
         with LiveView(train.steps, self.progress.step, quiet=not self.leads or self.arguments.json) as view:
             while self.progress.step < train.steps and not stopped:
+                before = self.progress.step
                 entry, stopped = self._step()
                 step = self.progress.step
                 if entry is None:
                     saved = min(saved, step)
-                    if log is not None:  # of a run that went back, perhaps
+                    if log is not None and step < before:  # the run went back
                         log.close()
                         log = MetricsLog(self.folder.metrics_file, step)
                     continue
@@ -299,6 +246,8 @@ class Trainer:
         if self.recorder is not None:
             self.recorder.add(self.progress.step, result.spans, worker.program_of(sequences))
         entry = step_entry(self.progress, result, values, position, self.config.train.sequence_length, seconds)
+        if self.replica is not None:
+            entry["replica"] = asdict(self.replica.cost)
         if len(self.data.corpora) > 1:
             entry["source_tokens"] = self.data.source_tokens(self.progress.sequences)
         return entry, result.stop
@@ -356,7 +305,7 @@ class Trainer:
         self.farthest = max(self.farthest, left)
         if self.rollbacks > ROLLBACKS:
             raise Diverged(f"step {left + 1} was not taken: {refusal.why}, after {ROLLBACKS} returns to a checkpoint")
-        if not self._resume(from_memory=False):
+        if not self._go_on(from_memory=False):
             raise Diverged(f"step {left + 1} was not taken: {refusal.why}, and there is no checkpoint to return to")
         self._know_history()
         if self.leads:
@@ -378,7 +327,7 @@ class Trainer:
         """Begin a checkpoint. Every one that is due is written: the one before is waited for if it is under way."""
         self.worker.activity.computes("checkpoint")
         self._settle(wait=True)
-        self.saver.begin(self.progress, self.spoiled)
+        self.saver.begin(self.progress, self.resume.spoiled)
         if self.recorder is not None:
             self.recorder.write(self.folder.path)
         return self.progress.step

@@ -131,7 +131,8 @@ class Replica:
         self.cost = Cost()
 
     def begin(self, progress: Progress) -> None:
-        """Take a snapshot of the state as it is, if one is due."""
+        """Take a snapshot of the state as it is, if one is due. ``cost`` is then this one's, and nothing otherwise."""
+        self.cost = Cost()
         if progress.step % self.every:
             return
         assert self._thread is None

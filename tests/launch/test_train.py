@@ -19,7 +19,10 @@ from tests.launch.runs import ROOT, assert_gone, command, descendants, entries, 
 
 def test_a_run_is_a_folder_and_two_of_them_are_the_same_bytes(config: Path, tmp_path: Path) -> None:
     runs = [tmp_path / name for name in ("one", "two")]
-    results = [train(config, "--json", f"run.dir={run}") for run in runs]
+    replicated = ["recovery.max_restarts=1", "recovery.replicate_every=2"]
+    results = [
+        train(config, "--json", f"run.dir={run}", *more) for run, more in zip(runs, ([], replicated), strict=True)
+    ]
     assert [r.returncode for r in results] == [0, 0], results[0].stderr
     summary = json.loads(results[0].stdout)
     assert summary["steps"] == 8 and summary["loss_last"] < summary["loss_first"]
@@ -29,6 +32,8 @@ def test_a_run_is_a_folder_and_two_of_them_are_the_same_bytes(config: Path, tmp_
     for key in ("loss", "grad_norm", "expert_load", "balance_loss"):
         assert [e[key] for e in first] == [e[key] for e in second]
     assert first[-1]["validation_bits_per_byte"] == second[-1]["validation_bits_per_byte"]
+    # The snapshot after each second step is taken during the next one, which says what it cost.
+    assert [e["step"] for e in second if e["replica"]["bytes"] > 0] == [3, 5, 7] and "replica" not in first[0]
     assert sorted(p.name for p in (runs[0] / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
     events = [json.loads(line)["event"] for line in (runs[0] / "events.jsonl").read_text().splitlines()]
     assert events[0] == "start" and events[-1] == "end"

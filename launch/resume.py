@@ -1,0 +1,97 @@
+"""Where a run goes on from: the memory of its ranks, or its newest whole checkpoint."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from launch.config import ConfigError
+from launch.keeper import Regions
+from launch.rank import together
+from launch.run_folder import RunFolder
+from parallel import checkpoint
+from parallel.checkpoint import CheckpointError, DamagedCheckpointError, Progress
+from parallel.recovery import Choice
+from parallel.replica import Replica
+from parallel.worker import Worker
+
+
+def open_memory(worker: Worker, every: int, memory: Sequence[Regions] | None, folder: RunFolder) -> Replica | None:
+    """What outlives this rank in memory, for snapshots after each ``every``-th step; None for 0. Collective. Raises
+    ConfigError on every rank when it cannot be had."""
+    if not every:
+        return None
+    assert memory is not None, "refused before"
+    regions = memory[worker.rank]
+
+    def open_regions() -> Replica:
+        try:
+            return Replica(worker, every, *regions)
+        except OSError as error:
+            raise ConfigError(
+                f"recovery.replicate_every={every}: no room in memory for snapshots ({error.strerror})"
+            ) from error
+
+    replica = together(open_regions, (ConfigError,))
+    worker.end.readers.append(replica.finish)
+    if worker.rank == 0:
+        folder.events.write("replica", every=every, bytes=replica.held_bytes, keeper=replica.keeper)
+    return replica
+
+
+class Resume:
+    """Rank 0 looks into the folder, records what happens and says it. ``spoiled``: the damaged checkpoints met."""
+
+    def __init__(self, worker: Worker, replica: Replica | None, folder: RunFolder, say: Callable[[str], None]) -> None:
+        self.spoiled: set[Path] = set()
+        self._worker, self._replica, self._folder, self._say = worker, replica, folder, say
+        self._leads = worker.rank == 0
+
+    def go_on(self, from_memory: bool = True) -> Progress | None:
+        """Restore the state from memory, or from the newest whole checkpoint, whichever is further -> where it stands;
+        None when there is neither. Collective.
+
+        Raises CheckpointError on every rank when there are checkpoints and none of them is whole, nor is memory.
+        """
+        box = [checkpoint.published(self._folder.checkpoints) if self._leads else []]
+        dist.broadcast_object_list(box)
+        choice = self._replica.newest() if self._replica is not None and from_memory else None
+        further = [path for path in box[0] if choice is None or checkpoint.step_of(path) > choice.step]
+        progress, lacking = self._from_checkpoint(further)
+        if progress is None and choice is not None:
+            progress, lacking = self._from_memory(choice), None
+        if self._replica is not None:
+            self._replica.forget_after(0 if progress is None else progress.step)
+        if lacking is not None:
+            raise CheckpointError(f"{lacking}; no other is whole, so run.dir={self._folder.path} cannot go on")
+        return progress
+
+    def _from_checkpoint(self, paths: Sequence[Path]) -> tuple[Progress | None, CheckpointError | None]:
+        """From the last of them that is whole; otherwise what is wrong with the first of them, if there is one."""
+        lacking: CheckpointError | None = None
+        for path in reversed(paths):
+            try:
+                progress = checkpoint.load(path, self._worker)
+            except DamagedCheckpointError as error:
+                lacking = error
+                self.spoiled.add(path)
+                if self._leads:
+                    self._say(f"skipped: {error}")
+                    self._folder.events.write("skipped a checkpoint", checkpoint=str(path), reason=str(error))
+                continue
+            self._note(progress, str(path), source="checkpoint", checkpoint=str(path))
+            return progress, None
+        return None, lacking
+
+    def _from_memory(self, choice: Choice) -> Progress:
+        assert self._replica is not None
+        progress = self._replica.restore(choice)
+        lost = [owner for owner, holder in sorted(choice.holders.items()) if owner != holder]
+        self._note(progress, "memory", source="memory", from_peers=lost)
+        return progress
+
+    def _note(self, progress: Progress, origin: str, **details: Any) -> None:
+        if self._leads:
+            self._folder.events.write("resume", step=progress.step, **details)
+            self._say(f"resuming from {origin}, after step {progress.step}")
