@@ -15,7 +15,8 @@ from dualpipe import schedules
 from dualpipe.load import check_training
 from dualpipe.load import load as load_program
 from dualpipe.program import Program
-from launch.config_file import ConfigError, apply, build, read, show
+from launch.config_file import ConfigError, apply, build, check, check_count, read, show
+from launch.recovery_config import RecoveryConfig
 from launch.yaml_strict import dump_yaml
 from model.config import ModelConfig
 from parallel.mesh import Layout
@@ -33,8 +34,6 @@ __all__ = [
     "to_dict",
 ]
 
-COUNT_LIMIT = 2**31
-"""What a count must be below; the product of two of them is still an index of 64 bits."""
 MICROBATCHES_LIMIT = 2**16
 """Micro-batches of a step at most: a rank spells out what it does with each of them."""
 WEEK_SECONDS = 7 * 24 * 3600.0
@@ -64,7 +63,7 @@ class DispatchConfig:
             "needs CUDA with NVLink and RDMA, the package deep_ep (github.com/deepseek-ai/DeepEP), and an exchange "
             "over it, which is not written yet; hierarchical crosses between nodes as it does"
         )
-        _check(self.kind != "deepep", "dispatch.kind", self.kind, needs)
+        check(self.kind != "deepep", "dispatch.kind", self.kind, needs)
 
 
 @dataclass(frozen=True)
@@ -99,12 +98,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for key in ("steps", "sequence_length", "global_batch_size", "micro_batch_size"):
-            _check_count(f"train.{key}", getattr(self, key), least=1)
-        _check_count("train.validate_every", self.validate_every)
-        _check_count("train.threads", self.threads, limit=1025)
-        _check_count("train.seed", self.seed, limit=2**63)
+            check_count(f"train.{key}", getattr(self, key), least=1)
+        check_count("train.validate_every", self.validate_every)
+        check_count("train.threads", self.threads, limit=1025)
+        check_count("train.seed", self.seed, limit=2**63)
         within = 1 <= self.timeout_seconds <= WEEK_SECONDS
-        _check(within, "train.timeout_seconds", self.timeout_seconds, f"must be from 1 to {WEEK_SECONDS:g}, a week")
+        check(within, "train.timeout_seconds", self.timeout_seconds, f"must be from 1 to {WEEK_SECONDS:g}, a week")
 
 
 @dataclass(frozen=True)
@@ -139,16 +138,16 @@ class DataConfig:
     """Share of the documents that are shown as prefix, suffix, middle; DeepSeek-V3 has 0.1."""
 
     def __post_init__(self) -> None:
-        _check(self.source.strip() != "", "data.source", self.source, "must be 'stdlib', a path or a glob")
-        _check(self.tokenizer.strip() != "", "data.tokenizer", self.tokenizer, "must be 'bytes' or a folder")
+        check(self.source.strip() != "", "data.source", self.source, "must be 'stdlib', a path or a glob")
+        check(self.tokenizer.strip() != "", "data.tokenizer", self.tokenizer, "must be 'bytes' or a folder")
         inside = 0 < self.validation_fraction < 1
-        _check(inside, "data.validation_fraction", self.validation_fraction, "must be above 0 and below 1")
-        _check_count("data.validation_sequences", self.validation_sequences)
-        _check(self.text_field != "", "data.text_field", self.text_field, "must be the name of a field")
+        check(inside, "data.validation_fraction", self.validation_fraction, "must be above 0 and below 1")
+        check_count("data.validation_sequences", self.validation_sequences)
+        check(self.text_field != "", "data.text_field", self.text_field, "must be the name of a field")
         share = 0 <= self.fill_in_middle <= 1
-        _check(share, "data.fill_in_middle", self.fill_in_middle, "must be from 0 to 1, a share of the documents")
+        check(share, "data.fill_in_middle", self.fill_in_middle, "must be from 0 to 1, a share of the documents")
         for at, position in enumerate(self.skip_batches):
-            _check_count(f"data.skip_batches[{at}]", position, limit=2**62)
+            check_count(f"data.skip_batches[{at}]", position, limit=2**62)
         self._check_sources()
 
     def _check_sources(self) -> None:
@@ -158,10 +157,10 @@ class DataConfig:
         names = [part.source for part in self.sources]
         for at, part in enumerate(self.sources):
             key = f"data.sources[{at}]"
-            _check(part.source.strip() != "", f"{key}.source", part.source, "must be 'stdlib', a path or a glob")
-            _check(part.source not in names[:at], f"{key}.source", part.source, "must appear once")
+            check(part.source.strip() != "", f"{key}.source", part.source, "must be 'stdlib', a path or a glob")
+            check(part.source not in names[:at], f"{key}.source", part.source, "must appear once")
             large = part.weight > 0 and part.weight >= 1e-9 * total
-            _check(large, f"{key}.weight", part.weight, "must be positive, and a billionth of all weights at least")
+            check(large, f"{key}.weight", part.weight, "must be positive, and a billionth of all weights at least")
 
 
 @dataclass(frozen=True)
@@ -177,40 +176,8 @@ class CheckpointConfig:
     """What a checkpoint that cannot be written does to the run: end it, or be reported, the one at the end excepted."""
 
     def __post_init__(self) -> None:
-        _check_count("checkpoint.every", self.every)
-        _check_count("checkpoint.keep", self.keep, least=1)
-
-
-@dataclass(frozen=True)
-class RecoveryConfig:
-    max_restarts: int = 0
-    """Times that ``dualpipe train`` starts all ranks again when one of them died; torchrun has its own --max-restarts,
-    which decides there."""
-    replicate_every: int = 0
-    """Steps between two snapshots of every rank's state in host memory, its own and that of a rank on another node.
-    Restarted ranks go on from there instead of from the disk. 0 takes none; needs max_restarts, and Linux."""
-    max_bad_steps: int = 0
-    """Bad steps in a row (launch/bad_steps.py) after which the run goes back to the newest checkpoint, without the
-    batches of these steps; 0 ends the run at the first one."""
-    spike_factor: float = 0.0
-    """Times the usual spread above the usual loss that make a step a bad one; 0 is never."""
-    hash_every: int = 0
-    """Steps between two comparisons of all copies of the parameters (parallel/flips.py), apart from those before each
-    checkpoint that is due, which that at a stop is not; 0 makes none."""
-    hang_factor: float = 0.0
-    """A step in which no rank comes further for so many median steps, and at least a second, hangs: the rank that is
-    to blame is named and killed, as if it had died. 0 leaves hangs to train.timeout_seconds; otherwise at least 2, and
-    Linux and the launcher of ``dualpipe train``: under torchrun nobody watches."""
-
-    def __post_init__(self) -> None:
-        for key in ("max_restarts", "replicate_every", "max_bad_steps", "hash_every"):
-            _check_count(f"recovery.{key}", getattr(self, key))
-        _check(self.spike_factor >= 0, "recovery.spike_factor", self.spike_factor, "must not be negative")
-        sane = self.hang_factor == 0 or 2 <= self.hang_factor <= 1e6
-        _check(sane, "recovery.hang_factor", self.hang_factor, "must be 0, or from 2 to 1000000")
-        needless = self.replicate_every > 0 and self.max_restarts == 0
-        rule = "needs recovery.max_restarts of at least 1: nobody else gives ranks what memory kept"
-        _check(not needless, "recovery.replicate_every", self.replicate_every, rule)
+        check_count("checkpoint.every", self.every)
+        check_count("checkpoint.keep", self.keep, least=1)
 
 
 @dataclass(frozen=True)
@@ -222,7 +189,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         whole = self.dir.strip() != "" and not re.search(r"[\x00-\x1f\x7f-\x9f]", self.dir)
-        _check(whole, "run.dir", self.dir, "must be a path, without control characters")
+        check(whole, "run.dir", self.dir, "must be a path, without control characters")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,13 +352,3 @@ def _stages(config: Config) -> int:
     if program is not None:
         return program.stages
     return schedules.stages(schedule.name, ranks, schedule.chunks)
-
-
-def _check(holds: bool, key: str, value: object, rule: str) -> None:
-    if not holds:
-        raise ConfigError(f"{key}={show(value)} {rule}")
-
-
-def _check_count(key: str, value: int, least: int = 0, limit: int = COUNT_LIMIT) -> None:
-    _check(value >= least, key, value, f"must be at least {least}" if least else "must not be negative")
-    _check(value < limit, key, value, f"must be below {limit}")

@@ -28,6 +28,8 @@ class ConfigError(ValueError):
         super().__init__(brief(message))
 
 
+COUNT_LIMIT = 2**31
+"""What a count must be below; the product of two of them is still an index of 64 bits."""
 _SHORT = reprlib.Repr()  # also of a value that an alias in the YAML makes endless
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 
@@ -45,6 +47,18 @@ def brief(text: str) -> str:
     """A message on one line, without the middle of words that are too long to read."""
     line = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda control: repr(control[0])[1:-1], text)
     return re.sub(r"\S{300,}", lambda word: f"{word[0][:48]}...{word[0][-48:]}", line)
+
+
+def check(holds: bool, key: str, value: object, rule: str) -> None:
+    """Raises ConfigError unless the rule ``holds``."""
+    if not holds:
+        raise ConfigError(f"{key}={show(value)} {rule}")
+
+
+def check_count(key: str, value: int, least: int = 0, limit: int = COUNT_LIMIT) -> None:
+    """Raises ConfigError unless ``value`` is from ``least`` to below ``limit``."""
+    check(value >= least, key, value, f"must be at least {least}" if least else "must not be negative")
+    check(value < limit, key, value, f"must be below {limit}")
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -20,13 +20,14 @@ from types import TracebackType
 import psutil
 
 from launch.bad_steps import SkippedBatches
-from launch.config import Config, RecoveryConfig, dump
+from launch.config import Config, dump
 from launch.drills import damage as damages
 from launch.drills.damage import Damage
 from launch.drills.fault import PLAN, Plan
 from launch.drills.scenarios import EVERY, STEPS, Again, Scenario
 from launch.metrics import read_jsonl
 from launch.rank import die_with_parent
+from launch.recovery_config import RecoveryConfig
 from launch.run_folder import RunFolder
 from parallel.checkpoint import published
 

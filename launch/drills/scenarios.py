@@ -5,9 +5,9 @@ import enum
 import signal
 from dataclasses import dataclass, replace
 
-from launch.config import RecoveryConfig
 from launch.drills.damage import Damage
 from launch.drills.fault import SAVING, Action, Fault, Point
+from launch.recovery_config import RecoveryConfig
 
 STEPS = 8
 EVERY = 2

@@ -1,0 +1,37 @@
+"""``recovery.*``: what keeps a run going, and what it tells of what goes wrong."""
+
+from dataclasses import dataclass
+
+from launch.config_file import check, check_count
+
+
+@dataclass(frozen=True)
+class RecoveryConfig:
+    max_restarts: int = 0
+    """Times that ``dualpipe train`` starts all ranks again when one of them died; torchrun has its own --max-restarts,
+    which decides there."""
+    replicate_every: int = 0
+    """Steps between two snapshots of every rank's state in host memory, its own and that of a rank on another node.
+    Restarted ranks go on from there instead of from the disk. 0 takes none; needs max_restarts, and Linux."""
+    max_bad_steps: int = 0
+    """Bad steps in a row (launch/bad_steps.py) after which the run goes back to the newest checkpoint, without the
+    batches of these steps; 0 ends the run at the first one."""
+    spike_factor: float = 0.0
+    """Times the usual spread above the usual loss that make a step a bad one; 0 is never."""
+    hash_every: int = 0
+    """Steps between two comparisons of all copies of the parameters (parallel/flips.py), apart from those before each
+    checkpoint that is due, which that at a stop is not; 0 makes none."""
+    hang_factor: float = 0.0
+    """A step in which no rank comes further for so many median steps, and at least a second, hangs: the rank that is
+    to blame is named and killed, as if it had died. 0 leaves hangs to train.timeout_seconds; otherwise at least 2, and
+    Linux and the launcher of ``dualpipe train``: under torchrun nobody watches."""
+
+    def __post_init__(self) -> None:
+        for key in ("max_restarts", "replicate_every", "max_bad_steps", "hash_every"):
+            check_count(f"recovery.{key}", getattr(self, key))
+        check(self.spike_factor >= 0, "recovery.spike_factor", self.spike_factor, "must not be negative")
+        sane = self.hang_factor == 0 or 2 <= self.hang_factor <= 1e6
+        check(sane, "recovery.hang_factor", self.hang_factor, "must be 0, or from 2 to 1000000")
+        needless = self.replicate_every > 0 and self.max_restarts == 0
+        rule = "needs recovery.max_restarts of at least 1: nobody else gives ranks what memory kept"
+        check(not needless, "recovery.replicate_every", self.replicate_every, rule)
