@@ -10,12 +10,13 @@ those take as long as they take, and ``train.timeout_seconds`` is their limit.
 import json
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from launch.memory_file import MemoryFile
 from parallel.activity import Blame, judge
 
 BEAT_SECONDS = 0.1
@@ -36,8 +37,8 @@ class Board:
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
-        self._file = os.memfd_create("dualpipe-activity")
-        self.path = Path(f"/proc/{os.getpid()}/fd/{self._file}")
+        self._file = MemoryFile("dualpipe-activity")
+        self.path = self._file.path
         self.clear()
 
     def __enter__(self) -> "Board":
@@ -46,15 +47,25 @@ class Board:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._file)
+        self._file.__exit__(kind, error, trace)
 
     def clear(self) -> None:
-        os.ftruncate(self._file, 0)
-        os.ftruncate(self._file, self.ranks * _RECORD_BYTES)
+        self._file.clear(self.ranks * _RECORD_BYTES)
+
+    def watched(self, factor: float) -> Callable[[float], "Hang | None"]:
+        """Clear it for the ranks of a new attempt -> what looks at it, at a time in seconds, and sees them hang."""
+        self.clear()
+        watch = Watch(factor)
+
+        def look(now: float) -> Hang | None:
+            readings = self.read()
+            return None if readings is None else watch.look(now, readings)
+
+        return look
 
     def read(self) -> Readings | None:
         """What every rank wrote last; None before all have, or when one is just being written."""
-        data = os.pread(self._file, self.ranks * _RECORD_BYTES, 0)
+        data = os.pread(self._file.descriptor, self.ranks * _RECORD_BYTES, 0)
         try:
             records = [json.loads(data[at : at + _RECORD_BYTES]) for at in range(0, len(data), _RECORD_BYTES)]
         except ValueError:
@@ -62,7 +73,7 @@ class Board:
         return dict(enumerate(records))
 
 
-class Line:
+class BoardRecord:
     """A rank's record on the board at ``path``."""
 
     def __init__(self, path: Path, rank: int) -> None:

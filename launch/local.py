@@ -1,7 +1,6 @@
 """Start all ranks of a layout on this machine with torch's own launcher.
 
-The ranks are forked from a server that has imported torch, so that eight of them do not import it eight times. The
-server itself starts no thread and touches no GPU.
+The ranks are forked from a server that has imported torch (``fork_server.py``).
 
 When a rank dies, or is killed because it hangs (``hang.py``), the others are ended and all are started again, which
 takes a second because the server is still there: they go on from the newest whole checkpoint, or from what the
@@ -12,8 +11,6 @@ import argparse
 import contextlib
 import logging
 import multiprocessing
-import multiprocessing.forkserver
-import multiprocessing.resource_tracker
 import multiprocessing.synchronize
 import os
 import signal
@@ -22,10 +19,10 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -34,15 +31,15 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from launch import output, train
 from launch.config import Config, ConfigError
+from launch.fork_server import ForkServer
 from launch.hang import Board, Hang
-from launch.hang import Watch as HangWatch
-from launch.keeper import Keeper, Regions
+from launch.keeper import Keeper
+from launch.launcher import LOST_SERVER, Failure, Launcher
+from launch.memory_file import MemoryFile
 from launch.metrics import read_jsonl
 from launch.run_folder import RunFolder
 from launch.stop import ONE_REQUEST_SECONDS, heeded, say_not_begun
 
-LOST_SERVER = 255
-"""What multiprocessing reports for a rank whose fork server is gone."""
 GRACE_SECONDS = 5.0
 """How long ranks may live after the first that ended; those that wait to name a lost peer take 2."""
 POLL_SECONDS = 0.05
@@ -50,64 +47,50 @@ STOP_SECONDS = 120
 """How long stopped ranks may take to finish their step and write a checkpoint before they are killed."""
 
 
-@dataclass(frozen=True)
-class Failure:
-    """How an attempt ended. ``status``: the rank's exit status, negative for a signal; ``noticed``: when it was seen
-    to be gone, in the seconds of ``time.monotonic``, which all processes of a machine share."""
-
-    rank: int
-    status: int
-    cause: str
-    noticed: float
-
-    @property
-    def can_recover(self) -> bool:
-        """Whether the ranks may do better when started again: not after bad input, a divergence or a wish to stop."""
-        return self.status < 0 or self.status in (train.FAILED, LOST_SERVER)
-
-
 def start(config: Config, arguments: argparse.Namespace) -> int:
     """Run every rank, again after a failure as often as ``recovery.max_restarts`` allows, and return the exit status
-    for the whole: the ranks' own where they agree on bad input."""
+    for the whole: the ranks' own where they agree on bad input. Raises ConfigError."""
     logging.disable(logging.ERROR)  # what torch's launcher logs about ended ranks, the ranks say better
     # The server's socket lives longer than the folder.
     with (
-        _ForkServer() as server,
+        ForkServer() as server,
         _scratch_folder() as scratch,
-        _memory(config) as arguments.memory,
-        _board(config) as board,
+        _held(config, "replicate_every", Keeper) as keeper,
+        _held(config, "hang_factor", Board) as board,
     ):
-        arguments.board = board and board.path
-        arguments.asked = multiprocessing.get_context("forkserver").Event()
-        _pass_signals_on(arguments.asked)
+        asked = multiprocessing.get_context("forkserver").Event()
+        launcher = Launcher(asked, None if keeper is None else keeper.regions, None if board is None else board.path)
+        _pass_signals_on(asked)
         try:
-            return _start(config, arguments, server, scratch, board)
+            return _start(config, arguments, launcher, _Node(server, scratch, board))
         except SignalException as stopped:
             return 128 + stopped.sigval
 
 
-@contextlib.contextmanager
-def _memory(config: Config) -> Iterator[list[Regions] | None]:
-    """Each rank's part of the memory that outlives ranks; None when the run keeps nothing there. Raises ConfigError."""
-    if not config.recovery.replicate_every:
-        yield None
-        return
-    if not Keeper.available():
-        raise ConfigError(f"recovery.replicate_every={config.recovery.replicate_every} must be 0: it needs Linux")
-    with Keeper(config.layout.world_size) as keeper:
-        yield keeper.regions
+_Held = TypeVar("_Held", Keeper, Board)
 
 
 @contextlib.contextmanager
-def _board(config: Config) -> Iterator[Board | None]:
-    """Where the ranks write down what they do; None when nobody watches them. Raises ConfigError."""
-    if not config.recovery.hang_factor:
+def _held(config: Config, key: str, kind: type[_Held]) -> Iterator[_Held | None]:
+    """What the launcher holds in memory for its ranks; None when ``recovery.KEY`` does not ask for it. Raises
+    ConfigError."""
+    value = getattr(config.recovery, key)
+    if not value:
         yield None
         return
-    if not hasattr(os, "memfd_create"):
-        raise ConfigError(f"recovery.hang_factor={config.recovery.hang_factor} must be 0: it needs Linux")
-    with Board(config.layout.world_size) as board:
-        yield board
+    if not MemoryFile.available():
+        raise ConfigError(f"recovery.{key}={value} must be 0: it needs Linux")
+    with kind(config.layout.world_size) as held:
+        yield held
+
+
+@dataclass(frozen=True)
+class _Node:
+    """What all attempts have in common."""
+
+    server: ForkServer
+    scratch: str
+    board: Board | None
 
 
 @contextlib.contextmanager
@@ -122,64 +105,20 @@ def _scratch_folder() -> Iterator[str]:
             tempfile.tempdir = before
 
 
-class _ForkServer:
-    """A fork server that is deaf to what a terminal or a service manager sends to the whole group: with its end the
-    ranks would end, which finish their step first.
-
-    Signals are blocked, not ignored: what reaches a rank between its fork and its first line waits for it.
-    """
-
-    def __init__(self) -> None:
-        self._servers: set[psutil.Process] = set()
-
-    def __enter__(self) -> "_ForkServer":
-        multiprocessing.set_forkserver_preload(["launch.trainer"])
-        self.ensure_running()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for server in self._servers:  # it may be about to fork a rank that nobody waits for
-            with contextlib.suppress(psutil.NoSuchProcess):
-                server.kill()
-
-    def ensure_running(self) -> None:
-        """Start the server, or another one when it was ended."""
-        stopping = {*heeded(), signal.SIGQUIT}
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
-        try:
-            multiprocessing.resource_tracker.ensure_running()  # the server's own helper, as deaf as it has to be
-            others = set(psutil.Process().children())
-            signal.pthread_sigmask(signal.SIG_BLOCK, stopping)  # starting the helper let some of them in again
-            multiprocessing.forkserver.ensure_running()
-            self._servers |= set(psutil.Process().children()) - others
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    def ranks(self) -> set[psutil.Process]:
-        """The processes that it forked and that are not over."""
-        found: set[psutil.Process] = set()
-        for server in self._servers:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                found.update(server.children())
-        return found
-
-
 class _Watch:
     """Sees the first rank end, from beside torch's launcher, and kills those that have not followed in
-    ``GRACE_SECONDS``: torch would let a rank that hears no SIGTERM, stopped or stuck on a GPU, live for 30 more. With a
-    ``board`` it ends the ranks that hang, too.
+    ``GRACE_SECONDS``: torch would let a rank that hears no SIGTERM, stopped or stuck on a GPU, live for 30 more. It
+    ends the ranks that hang, too, where ``look`` sees one.
 
     A context manager for one attempt; once it is left, none of its ranks is alive.
     """
 
-    def __init__(self, server: _ForkServer, board: Board | None = None, hang_factor: float = 0.0) -> None:
+    def __init__(self, server: ForkServer, look: Callable[[float], Hang | None] | None = None) -> None:
         self.finished = multiprocessing.get_context("forkserver").Event()
         """Set by a rank that left the group, which all ranks do together: they may take their time to end."""
         self.noticed: float | None = None
         self.hang: Hang | None = None
-        self._server, self._board, self._hang_watch = server, board, HangWatch(hang_factor)
+        self._server, self._look = server, look
         self._seen: set[psutil.Process] = set()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -201,8 +140,8 @@ class _Watch:
         while not self._over.wait(POLL_SECONDS):
             alive = self._server.ranks()
             self._seen |= alive
-            if self._board is not None and self.hang is None:
-                self._end_hanging(self._board)
+            if self._look is not None and self.hang is None:
+                self._end_hanging(self._look)
             if self._seen - alive:
                 self.noticed = self.noticed or time.monotonic()
                 self._over.wait(GRACE_SECONDS)
@@ -210,10 +149,10 @@ class _Watch:
                     self._kill(self._seen)
                 return
 
-    def _end_hanging(self, board: Board) -> None:
+    def _end_hanging(self, look: Callable[[float], Hang | None]) -> None:
         """Kill the ranks that are to blame for a hang, if there is one: then somebody has died, as ever."""
-        now, readings = time.monotonic(), board.read()
-        self.hang = None if readings is None else self._hang_watch.look(now, readings)
+        now = time.monotonic()
+        self.hang = look(now)
         if self.hang is not None:
             self.noticed = now
             guilty = set(self.hang.processes.values())
@@ -226,13 +165,10 @@ class _Watch:
                 process.kill()
 
 
-def _start(
-    config: Config, arguments: argparse.Namespace, server: _ForkServer, scratch: str, board: Board | None
-) -> int:
+def _start(config: Config, arguments: argparse.Namespace, launcher: Launcher, node: _Node) -> int:
     folder, most, restarts = RunFolder(config), config.recovery.max_restarts, 0
-    arguments.recovering = None
     known = len(folder.events.entries())
-    while (failure := _attempt(config, arguments, server, scratch, board)) is not None:
+    while (failure := _attempt(config, arguments, launcher, node)) is not None:
         if not failure.can_recover:
             return train.USER_ERROR if failure.status == train.USER_ERROR else train.FAILED
         failure = _explained(failure, folder.events.entries()[known:])
@@ -242,16 +178,14 @@ def _start(
             _say_the_end(failure, most)
             return train.FAILED
         restarts += 1
-        source = "the newest checkpoint" if arguments.memory is None else "memory or the newest checkpoint"
+        source = "the newest checkpoint" if launcher.memory is None else "memory or the newest checkpoint"
         print(f"{failure.cause}; restart {restarts} of {most}, from {source}", file=sys.stderr)
-        arguments.recovering = failure
+        launcher = replace(launcher, recovering=failure)
         known = len(folder.events.entries())
     return 0
 
 
-def _attempt(
-    config: Config, arguments: argparse.Namespace, server: _ForkServer, scratch: str, board: Board | None
-) -> Failure | None:
+def _attempt(config: Config, arguments: argparse.Namespace, launcher: Launcher, node: _Node) -> Failure | None:
     """Run all ranks to their end. Each attempt has a rendezvous and a store of its own: ranks that meet the addresses
     which the ranks before them left in a store connect to nobody."""
     launch = LaunchConfig(
@@ -265,14 +199,13 @@ def _attempt(
         start_method="forkserver",
         shutdown_timeout=STOP_SECONDS,
         signals_to_handle="SIGQUIT",
-        logs_specs=DefaultLogsSpecs(log_dir=scratch),
+        logs_specs=DefaultLogsSpecs(log_dir=node.scratch),
     )
-    server.ensure_running()
-    if board is not None:
-        board.clear()
-    with _Watch(server, board, config.recovery.hang_factor) as watch:
+    node.server.ensure_running()
+    look = None if node.board is None else node.board.watched(config.recovery.hang_factor)
+    with _Watch(node.server, look) as watch:
         try:
-            elastic_launch(launch, _rank)(config, arguments, watch.finished)
+            elastic_launch(launch, _rank)(config, arguments, launcher, watch.finished)
         except ChildFailedError as error:
             _, first = error.get_first_failure()
             noticed = time.monotonic() if watch.noticed is None else watch.noticed
@@ -333,12 +266,14 @@ def _say_the_end(failure: Failure, most: int) -> None:
         print(f"error: {failure.cause}{spent}; to go on, give the same command", file=sys.stderr)
 
 
-def _rank(config: Config, arguments: argparse.Namespace, finished: multiprocessing.synchronize.Event) -> None:
+def _rank(
+    config: Config, arguments: argparse.Namespace, launcher: Launcher, finished: multiprocessing.synchronize.Event
+) -> None:
     """What each rank runs: the same as under torchrun. The server that forked it outlives a launcher that is killed;
     the rank must not."""
     output.prepare()
     threading.Thread(target=_end_with_launcher, daemon=True).start()
-    status = train.as_rank(arguments, config)
+    status = train.as_rank(arguments, config, launcher)
     if status not in (train.FAILED, train.USER_ERROR):
         finished.set()
     if status:

@@ -17,13 +17,12 @@ from parallel.replica import Replica
 from parallel.worker import Worker
 
 
-def open_memory(worker: Worker, every: int, memory: Sequence[Regions] | None, folder: RunFolder) -> Replica | None:
-    """What outlives this rank in memory, for snapshots after each ``every``-th step; None for 0. Collective. Raises
-    ConfigError on every rank when it cannot be had."""
+def open_memory(worker: Worker, every: int, regions: Regions | None, folder: RunFolder) -> Replica | None:
+    """What outlives this rank in memory, in ``regions``, for snapshots after each ``every``-th step; None for 0.
+    Collective. Raises ConfigError on every rank when it cannot be had."""
     if not every:
         return None
-    assert memory is not None, "refused before"
-    regions = memory[worker.rank]
+    assert regions is not None, "refused before"
 
     def open_regions() -> Replica:
         try:

@@ -18,12 +18,15 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from launch import output, stop
 from launch.config import Config, ConfigError, check_world_size, load
 from launch.data import DataError, open_dataset
 from launch.run_folder import RunFolder, tokenizer_of
+
+if TYPE_CHECKING:
+    from launch.launcher import Launcher
 
 USER_ERROR = 2
 FAILED = 1
@@ -62,9 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser().parse_intermixed_args(argv)
     except ConfigError as error:
         return _refuse(error)
-    # Under torchrun, nobody tells a rank what it recovers from and who asked it to stop, keeps memory for it, or
-    # watches it for hangs.
-    arguments.recovering = arguments.asked = arguments.memory = arguments.board = None
     arguments.command = invocation(sys.argv[0], os.environ, Path.cwd())
     return as_rank(arguments) if "RANK" in os.environ else as_launcher(arguments)
 
@@ -124,10 +124,11 @@ def _check_room(config: Config) -> None:
         )
 
 
-def as_rank(arguments: argparse.Namespace, config: Config | None = None) -> int:
-    """One rank's whole life, as torchrun or ``local.py`` started it, which has read the configuration already."""
+def as_rank(arguments: argparse.Namespace, config: Config | None = None, launcher: "Launcher | None" = None) -> int:
+    """One rank's whole life, as torchrun started it, or ``local.py``, which has read the configuration already and is
+    its ``launcher``."""
     try:
-        return _run(config or configuration(arguments), arguments)
+        return _run(config or configuration(arguments), arguments, launcher)
     except Exception as error:
         if not is_users(error):
             raise
@@ -145,20 +146,20 @@ def _refuse(error: Exception) -> int:
     return USER_ERROR
 
 
-def _run(config: Config, arguments: argparse.Namespace) -> int:
+def _run(config: Config, arguments: argparse.Namespace, launcher: "Launcher | None") -> int:
     from launch.rank import device_of, leave, place, prepare
 
-    request = stop.StopRequest(leads=os.environ.get("RANK") == "0", asked=arguments.asked)
+    request = stop.StopRequest(leads=os.environ.get("RANK") == "0", asked=None if launcher is None else launcher.asked)
     here = place(os.environ)
     folder = RunFolder(config)
     try:
         check_world_size(config, here.world_size)
-        check_supervision(config, arguments)
+        check_supervision(config, launcher)
         device = device_of(config, here)
         prepare(config, here, device)
         from launch.trainer import Trainer
 
-        status = Trainer(config, here, device, folder, arguments, request).run()
+        status = Trainer(config, here, device, folder, arguments, launcher, request).run()
         leave()
         return status
     except Exception as error:
@@ -169,11 +170,11 @@ def _run(config: Config, arguments: argparse.Namespace) -> int:
         return _fail(folder, here.rank, error, request)
 
 
-def check_supervision(config: Config, arguments: argparse.Namespace) -> None:
+def check_supervision(config: Config, launcher: "Launcher | None") -> None:
     """Refuse what only a launcher of our own can do. Raises ConfigError."""
-    for key, held in (("replicate_every", arguments.memory), ("hang_factor", arguments.board)):
+    for key in ("replicate_every", "hang_factor"):
         value = getattr(config.recovery, key)
-        if value and held is None:
+        if value and launcher is None:
             raise ConfigError(
                 f"recovery.{key}={value} must be 0 under torchrun, whose agents keep no memory for ranks and do not "
                 "watch what they do"

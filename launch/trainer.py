@@ -20,8 +20,9 @@ from launch.config import Config, ConfigError
 from launch.data import DataError, bits_per_byte, open_dataset
 from launch.drills.fault import PLAN, Plan
 from launch.drills.fault import read as read_plan
-from launch.hang import BEAT_SECONDS, Line
+from launch.hang import BEAT_SECONDS, BoardRecord
 from launch.job import job_of
+from launch.launcher import Launcher
 from launch.metrics import LiveView, MetricsLog, print_summary
 from launch.rank import Place, store_of_the_job, together
 from launch.resume import Resume, open_memory
@@ -58,10 +59,12 @@ class Trainer:
         device: torch.device,
         folder: RunFolder,
         arguments: argparse.Namespace,
+        launcher: Launcher | None,
         stop: StopRequest,
     ) -> None:
         self.config, self.here, self.rank, self.device, self.folder = config, here, here.rank, device, folder
-        self.arguments, self.stop = arguments, stop
+        self.arguments, self.launcher, self.stop = arguments, launcher, stop
+        self.recovering = None if launcher is None else launcher.recovering
         self.leads = self.rank == 0
         self.progress = Progress(step=0, sequences=0)
         self.values = config.values()
@@ -80,13 +83,15 @@ class Trainer:
         try:
             job = job_of(config, self.device, self.here.local_world_size, self.data.document_end)
             self.worker = Worker(job, self.rank, store_of_the_job())
-            if self.arguments.board is not None:
-                self.worker.activity.publish(Line(self.arguments.board, self.rank).write, BEAT_SECONDS)
+            if self.launcher is not None and self.launcher.board is not None:
+                record = BoardRecord(self.launcher.board, self.here.local_rank)
+                self.worker.activity.publish(record.write, BEAT_SECONDS)
             if self.leads and self.worker.products is not None:
                 self._say(str(self.worker.products))
             self.recorder = Recorder(self.worker.program, config.layout, self.rank) if config.run.trace else None
-            every, memory = config.recovery.replicate_every, self.arguments.memory
-            self.replica = open_memory(self.worker, every, memory, self.folder)
+            memory = None if self.launcher is None else self.launcher.memory
+            regions = memory[self.here.local_rank] if memory else None
+            self.replica = open_memory(self.worker, config.recovery.replicate_every, regions, self.folder)
             self.resume = Resume(self.worker, self.replica, self.folder, self._say)
             if drill is not None:
                 self._expect_faults(drill)
@@ -202,7 +207,7 @@ class Trainer:
             why, noticed = self.returned
             self.returned, seconds = None, round(time.monotonic() - noticed, 3)
             self.folder.events.write("recovery", cause=why, step=self.progress.step, seconds=seconds)
-        failure, self.arguments.recovering = self.arguments.recovering, None
+        failure, self.recovering = self.recovering, None
         if failure is not None:
             self.folder.events.write(
                 "recovery",

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.hang import LONGEST_GAP_SECONDS, SHORTEST_SECONDS, Board, Hang, Line, Readings, Watch
+from launch.hang import LONGEST_GAP_SECONDS, SHORTEST_SECONDS, Board, BoardRecord, Hang, Readings, Watch
 from parallel.activity import COMPUTING, Activity
 
 LOOK_SECONDS = 0.05
@@ -111,10 +111,10 @@ def test_the_board_has_what_a_rank_does() -> None:
         assert board.read() is None, "nobody has written yet"
         first, second = Activity(0), Activity(1)
         for rank, activity in enumerate((first, second)):
-            Line(board.path, rank).write(json.dumps(activity.record(1)))
+            BoardRecord(board.path, rank).write(json.dumps(activity.record(1)))
         second.computes("F1.0")
         with second.in_step(5), second.waiting("dispatch", range(1000)):
-            Line(board.path, 1).write(json.dumps(second.record(2)))
+            BoardRecord(board.path, 1).write(json.dumps(second.record(2)))
         readings = board.read()
         assert readings is not None
         assert readings[0]["operation"] == COMPUTING and not readings[0]["stepping"]

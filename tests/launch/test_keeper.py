@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from launch.keeper import Keeper
+from launch.memory_file import MemoryFile
 from parallel.replica import Mark, region
 
 
-@pytest.mark.skipif(not Keeper.available(), reason="needs Linux")
+@pytest.mark.skipif(not MemoryFile.available(), reason="needs Linux")
 def test_memory_outlives_who_wrote_it_and_not_who_holds_it() -> None:
     mark = Mark(owner=0, step=7, sequences=112, digest="d", crc32=0)
     with Keeper(2) as keeper:

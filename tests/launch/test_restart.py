@@ -13,7 +13,7 @@ import pytest
 
 from launch import local
 from launch.drills.fault import PLAN, Action, Fault, Plan, Point
-from launch.local import LOST_SERVER, Failure
+from launch.launcher import LOST_SERVER, Failure
 from launch.train import DIVERGED, FAILED, USER_ERROR
 from tests.launch.runs import ONE_RANK, ROOT, command, entries, train
 

@@ -1,11 +1,12 @@
 """What only a launcher of our own does for its ranks is refused where there is none."""
 
-import argparse
+import multiprocessing
 from pathlib import Path
 
 import pytest
 
 from launch.config import ConfigError, from_dict
+from launch.launcher import Launcher
 from launch.train import check_supervision
 
 
@@ -15,5 +16,5 @@ def test_under_torchrun_what_nobody_does_is_refused(recovery: dict[str, float], 
     config = from_dict({"train": train, "run": {"dir": str(tmp_path)}, "recovery": recovery})
     key = next(iter(recovery))
     with pytest.raises(ConfigError, match=rf"^recovery\.{key}=\S+ must be 0 under torchrun"):
-        check_supervision(config, argparse.Namespace(memory=None, board=None))
-    check_supervision(config, argparse.Namespace(memory=[], board=tmp_path))
+        check_supervision(config, None)
+    check_supervision(config, Launcher(multiprocessing.Event()))

@@ -1,0 +1,87 @@
+"""The server that all ranks of a node are forked from: it has imported torch, so that eight of them do not import it
+eight times. It starts no thread and touches no GPU, and outlives the ranks, which are started again within a second."""
+
+import contextlib
+import multiprocessing
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
+import multiprocessing.util
+import os
+import signal
+import tempfile
+from collections.abc import Iterator
+from types import TracebackType
+
+import psutil
+
+from launch.config import ConfigError
+from launch.stop import heeded
+
+_SOCKET_BYTES = 103
+"""Of the path of a socket, at most: 104 with the zero at its end on macOS, 108 on Linux."""
+_SOCKET = "/pymp-xxxxxxxx/listener-xxxxxxxx"
+"""Where multiprocessing puts its socket below the folder for temporary files."""
+_SHORT = "/tmp"
+
+
+class ForkServer:
+    """A fork server that is deaf to what a terminal or a service manager sends to the whole group: with its end the
+    ranks would end, which finish their step first. A context manager; raises ConfigError when its socket has no place.
+
+    Signals are blocked, not ignored: what reaches a rank between its fork and its first line waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._servers: set[psutil.Process] = set()
+
+    def __enter__(self) -> "ForkServer":
+        multiprocessing.set_forkserver_preload(["launch.trainer"])
+        with _folder_for_sockets():
+            multiprocessing.util.get_temp_dir()  # made once, and removed when this process ends
+        self.ensure_running()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for server in self._servers:  # it may be about to fork a rank that nobody waits for
+            with contextlib.suppress(psutil.NoSuchProcess):
+                server.kill()
+
+    def ensure_running(self) -> None:
+        """Start the server, or another one when it was ended."""
+        stopping = {*heeded(), signal.SIGQUIT}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
+        try:
+            multiprocessing.resource_tracker.ensure_running()  # the server's own helper, as deaf as it has to be
+            others = set(psutil.Process().children())
+            signal.pthread_sigmask(signal.SIG_BLOCK, stopping)  # starting the helper let some of them in again
+            multiprocessing.forkserver.ensure_running()
+            self._servers |= set(psutil.Process().children()) - others
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def ranks(self) -> set[psutil.Process]:
+        """The processes that it forked and that are not over."""
+        found: set[psutil.Process] = set()
+        for server in self._servers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.update(server.children())
+        return found
+
+
+@contextlib.contextmanager
+def _folder_for_sockets() -> Iterator[None]:
+    """Temporary files go where the path of a socket is not too long. Raises ConfigError when there is no such place."""
+    own = tempfile.gettempdir()
+    if len(os.fsencode(own + _SOCKET)) <= _SOCKET_BYTES:
+        yield
+        return
+    if not os.access(_SHORT, os.W_OK | os.X_OK):
+        most = _SOCKET_BYTES - len(_SOCKET)
+        raise ConfigError(f"TMPDIR={own} must be at most {most} bytes long where {_SHORT} cannot be written: sockets")
+    before, tempfile.tempdir = tempfile.tempdir, _SHORT
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
