@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.activity import Activity
 from parallel.bucket import Bucket
 
 
@@ -30,29 +31,31 @@ class Flip:
         return f"{self.what} of rank {self.rank}"
 
 
-def find(buckets: Iterable[Bucket]) -> list[Flip]:
+def find(buckets: Iterable[Bucket], activity: Activity) -> list[Flip]:
     """The flips in these buckets, as every rank of their groups finds them. Collective over each bucket's group."""
-    return [flip for bucket in buckets for flip in _find(bucket)]
+    return [flip for bucket in buckets for flip in _find(bucket, activity)]
 
 
-def everybodys(own: Sequence[Flip]) -> list[Flip]:
+def everybodys(own: Sequence[Flip], activity: Activity) -> list[Flip]:
     """What all ranks found, each flip once. Collective over the world."""
     found: list[Sequence[Flip]] = [own]
     if dist.is_initialized():
         found *= dist.get_world_size()
-        dist.all_gather_object(found, list(own))
+        with activity.waiting("report of flips", activity.ranks):
+            dist.all_gather_object(found, list(own))
     return sorted({flip for each in found for flip in each}, key=lambda flip: (flip.rank, flip.what))
 
 
-def _find(bucket: Bucket) -> list[Flip]:
+def _find(bucket: Bucket, activity: Activity) -> list[Flip]:
     copies = bucket.parameters.view(bucket.replicas, -1)
     own = torch.cat([_sums(copies), _sums(bucket.master.to(copies.dtype).view(1, -1))])
     if bucket.group is None:
         rows, ranks = [own.tolist()], [dist.get_rank() if dist.is_initialized() else 0]
     else:
         gathered = [torch.empty_like(own) for _ in range(bucket.replicas)]
-        dist.all_gather(gathered, own, group=bucket.group)
-        rows, ranks = torch.stack(gathered).tolist(), dist.get_process_group_ranks(bucket.group)
+        with activity.waiting("comparison of parameters", bucket.peers):
+            dist.all_gather(gathered, own, group=bucket.group)
+        rows, ranks = torch.stack(gathered).tolist(), bucket.peers
     found = []
     for shard, owner in enumerate(ranks):
         claims = {Flip(owner, "master weights"): rows[shard][-1]}

@@ -147,7 +147,8 @@ class Replica:
         if self._thread is None:
             return
         began = time.perf_counter()
-        self._thread.join()
+        with self.worker.activity.waiting("snapshot of the step before", [self.keeper, self.peer]):
+            self._thread.join()
         self._thread = None
         self.cost = Cost(self.cost.bytes, time.perf_counter() - began, self.cost.cpu_seconds)
         if self._error is not None:

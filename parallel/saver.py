@@ -37,7 +37,7 @@ class Saver:
 
     def __init__(self, folder: Path, worker: Worker, keep: int, asynchronous: bool) -> None:
         self.folder, self.keep, self._leads = folder, keep, worker.rank == 0
-        self._average = worker.average
+        self._average, self._activity = worker.average, worker.activity
         self._rng = torch.get_rng_state()
         own = pieces(worker, self._rng, loading=False)
         self._tensors = [piece.tensor for piece in own]
@@ -77,14 +77,16 @@ class Saver:
         """Whether the save is over on every rank."""
         over = torch.tensor(int(self._thread is None or not self._thread.is_alive()))
         if dist.is_initialized():
-            dist.all_reduce(over, dist.ReduceOp.MIN)
+            with self._activity.waiting("agreement on the checkpoint", self._activity.ranks):
+                dist.all_reduce(over, dist.ReduceOp.MIN)
         return bool(over)
 
     def finish(self) -> Path:
         """Wait for the save -> the checkpoint. Raises CheckpointError on every rank when any of them could not write;
         what was there before is then as it was."""
         if self._thread is not None:
-            self._thread.join()
+            with self._activity.waiting("checkpoint", self._activity.ranks):
+                self._thread.join()
         outcome, self._outcome, self._thread, self.underway = self._outcome, None, None, None
         if isinstance(outcome, Exception):
             raise outcome

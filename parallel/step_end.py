@@ -149,7 +149,7 @@ class StepEnd:
                     held.reducing.wait()
         for finish_reading in self.readers:
             finish_reading()
-        found = flips.find(self.optimizer.buckets) if self._compare else []
+        found = flips.find(self.optimizer.buckets, self.activity) if self._compare else []
         with self.activity.waiting("sums of the step", self.activity.ranks):
             self.sums = self._sums(len(found))
         self.refusal = self._refusal(found)
@@ -163,7 +163,7 @@ class StepEnd:
         """``found``: this rank's flips. All decide alike, from the sums."""
         sums = self.sums
         if sums.flips:
-            everywhere = flips.everybodys(found)
+            everywhere = flips.everybodys(found, self.activity)
             return Refusal(f"bits changed by themselves: {', '.join(map(str, everywhere))}", tuple(everywhere))
         if not all(map(math.isfinite, (sums.grad_norm, sums.cross_entropy, sums.balance, sums.mtp))):
             return Refusal("loss or gradient is not finite")

@@ -4,10 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from parallel.activity import COMPUTING
 from parallel.flips import Flip
 from parallel.mesh import Layout
 from parallel.worker import Worker
+from tests.parallel.observed import operations_at
 from tests.parallel.test_checkpoint import BF16, JOB, step
 from tests.ranks import run_ranks
 
@@ -55,8 +58,10 @@ def refused(rank: int, bf16: bool) -> list[tuple[str, tuple[Flip, ...], bool]]:
             }
             flip(where[place])
         before, count = state(worker), worker.optimizer.steps
-        result = step(worker, 1, compare=True)
+        with operations_at(worker.activity, dist, "all_gather", "all_gather_object", "all_reduce") as waits:
+            result = step(worker, 1, compare=True)
         assert result.refusal is not None, place
+        assert COMPUTING not in waits and {"comparison of parameters", "report of flips"} <= waits, waits
         after = state(worker)
         if rank != STRUCK or place != "other":
             unchanged = all(map(torch.equal, before, after))

@@ -1,6 +1,7 @@
 """The state of four ranks in memory, on two nodes: what may be lost, and the run goes on with the same bits."""
 
 import random
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from parallel.mesh import Layout
 from parallel.replica import Mark, Replica, Slot, region
 from parallel.saver import Saver
 from parallel.worker import Worker
+from tests.parallel.observed import operations_at
 from tests.parallel.test_checkpoint import BF16, step
 from tests.ranks import run_ranks
 
@@ -57,11 +59,13 @@ def lose(rank: int, folder: Path) -> dict[str, Any]:
     for number in range(3):
         step(worker, number)
         replica.begin(Progress(number + 1, BATCH * (number + 1)))
+    with operations_at(worker.activity, threading.Thread, "join") as waits:
+        replica.finish()
     before = figures(worker, 3)
     for group in (replica._group, Saver(folder / "checkpoints", worker, keep=1, asynchronous=False)._group):
         gloo = group._get_backend(torch.device("cpu"))
         assert gloo.options._timeout == collective_timeout(JOB.timeout_seconds)  # torch's own default is 30 minutes
-    found: dict[str, Any] = {"cost": replica.cost.bytes == replica.bytes, "held": replica.held_bytes}
+    found: dict[str, Any] = {"cost": replica.cost.bytes == replica.bytes, "held": replica.held_bytes, "waits": waits}
 
     def again(name: str) -> None:
         worker, replica = opened(rank, folder, seed=77)
@@ -98,6 +102,7 @@ def test_whatever_is_lost_the_run_goes_on_with_the_same_bits(tmp_path: Path) -> 
     own = {rank: rank for rank in range(4)}
     for found in everyone:
         assert found.pop("cost") and found.pop("held") > 0
+        assert found.pop("waits") == {"snapshot of the step before"}
         assert found["all ranks killed"] == (3, own, True)
         # What a rank took from its keeper is its own again afterwards.
         assert found["the memory of rank 3 lost"] == (3, {**own, 3: 1}, True)

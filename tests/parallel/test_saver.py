@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -25,6 +26,7 @@ from parallel.saver import Saver, save
 from parallel.shard_file import ShardFile, index
 from parallel.snapshot import Piece, Snapshot
 from parallel.worker import Worker
+from tests.parallel.observed import operations_at
 from tests.parallel.test_checkpoint import alone, figures, files, step
 
 # torch says so where a single process has no process group.
@@ -86,6 +88,21 @@ def test_masters_wait_for_the_copy(tmp_path: Path) -> None:
     again = alone(seed=5)
     load(saver.finish(), again)
     assert all(map(torch.equal, (bucket.master for bucket in again.optimizer.buckets), before))
+
+
+def test_who_waits_for_a_save_is_not_computing(tmp_path: Path) -> None:
+    worker = alone()
+    saver = behind(worker, tmp_path)
+    worker.activity.computes("checkpoint")
+    saver.begin(Progress(0, 0))
+    with (
+        patch.multiple(dist, is_initialized=lambda: True, all_reduce=lambda *_: None),
+        operations_at(worker.activity, dist, "all_reduce") as asking,
+    ):
+        saver.is_over()
+    with operations_at(worker.activity, threading.Thread, "join") as finishing:
+        saver.finish()
+    assert asking == {"agreement on the checkpoint"} and finishing == {"checkpoint"}
 
 
 def test_an_error_of_the_writer_is_raised_when_the_save_is_finished_and_the_next_one_is_as_good(tmp_path: Path) -> None:
