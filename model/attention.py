@@ -15,6 +15,7 @@ B batch, S sequence, D model, H heads, N head dims without position, R rotary, V
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -160,5 +161,11 @@ def core_result(out_BHSK: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 
 
 def _core_operand(x: Tensor) -> Tensor:
+    """FP32 instead of BF16 where the core is faster so."""
+    return x.float() if x.dtype == torch.bfloat16 and _slow_bf16_core(x.device.type) else x
+
+
+@cache
+def _slow_bf16_core(device_type: str) -> bool:
     """A CPU's fused core is faster in FP32 than in BF16, by a third with AVX512_BF16, but for AMX."""
-    return x.float() if x.device.type == "cpu" and not torch.cpu._is_amx_tile_supported() else x
+    return device_type == "cpu" and not torch.cpu._is_amx_tile_supported()

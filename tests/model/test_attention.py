@@ -12,7 +12,7 @@ from model.rope import rotations
 from tests.model.tiny import tiny
 
 seeds = st.integers(0, 2**31)
-FP32 = 1e-5
+FP32, FP64 = 1e-5, 1e-13
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -29,14 +29,25 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(1, 2), st.integers(1, 7), st.integers(1, 3), st.integers(1, 12), st.integers(1, 12), seeds)
-def test_core_is_a_causal_softmax(batch: int, length: int, heads: int, width: int, values: int, seed: int) -> None:
+@given(
+    st.integers(1, 2),
+    st.integers(1, 7),
+    st.integers(1, 3),
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.sampled_from([torch.float32, torch.float64]),
+    seeds,
+)
+def test_core_is_a_causal_softmax(
+    batch: int, length: int, heads: int, width: int, values: int, dtype: torch.dtype, seed: int
+) -> None:
     torch.manual_seed(seed)
-    q, k = (torch.randn(batch, length, heads, width) for _ in range(2))
-    v = torch.randn(batch, length, heads, values)
+    q, k = (torch.randn(batch, length, heads, width, dtype=dtype) for _ in range(2))
+    v = torch.randn(batch, length, heads, values, dtype=dtype)
     got = core_result(attend(*core_inputs(q, k, v)), v.shape[-1], v.dtype)
-    assert got.shape == v.shape
-    torch.testing.assert_close(got.double(), softmax_attention(q, k, v), rtol=0, atol=FP32)
+    assert got.shape == v.shape and got.dtype == dtype
+    tolerance = {torch.float32: FP32, torch.float64: FP64}[dtype]
+    torch.testing.assert_close(got.double(), softmax_attention(q, k, v), rtol=0, atol=tolerance)
 
 
 def test_core_in_bf16_rounds_its_result() -> None:
