@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -59,14 +60,13 @@ class ShardFile:
         self.places: list[Place] = []
         self._frames: list[tuple[bytes, bytes]] = []
         start = 0
-        with _without_crc32():
-            for p in pieces:
-                numel, dtype = p.tensor.numel(), p.tensor.dtype
-                head, tail = _frame(numel, dtype)
-                length = len(head) + numel * dtype.itemsize + len(tail)
-                self._frames.append((head, tail))
-                self.places.append(Place(p.name, p.offset, numel, p.total, dtype, name, start, length))
-                start += length
+        for p in pieces:
+            numel, dtype = p.tensor.numel(), p.tensor.dtype
+            head, tail = _frame(numel, dtype)
+            length = len(head) + numel * dtype.itemsize + len(tail)
+            self._frames.append((head, tail))
+            self.places.append(Place(p.name, p.offset, numel, p.total, dtype, name, start, length))
+            start += length
 
     def write(self, folder: Path, tensors: Iterable[Tensor]) -> Entry:
         """Write the file with these values of the pieces, and flush it to disk -> its manifest's entry, computed from
@@ -97,10 +97,12 @@ def index(places: Iterable[Place]) -> bytes:
     return pickle.dumps(Metadata(dict(tensors), storage_data=storage))
 
 
+@cache
 def _frame(numel: int, dtype: torch.dtype) -> tuple[bytes, bytes]:
-    """What comes before and after the bytes of a tensor in its archive."""
+    """What comes before and after the bytes of a tensor in its archive; a model has many tensors of a size."""
     archive = io.BytesIO()
-    torch.save(torch.zeros(numel, dtype=dtype), archive)
+    with _without_crc32():
+        torch.save(torch.zeros(numel, dtype=dtype), archive)
     (data,) = (file for file in zipfile.ZipFile(archive).infolist() if file.filename.endswith("/data/0"))
     image = archive.getbuffer()
     lengths = image[data.header_offset : data.header_offset + _LOCAL_HEADER_BYTES][-4:]

@@ -167,6 +167,14 @@ def test_a_disk_that_fills_up_or_turns_read_only_leaves_the_last_checkpoint(
         assert published(tmp_path) == [old, new]
 
 
+def test_tensors_of_a_size_and_type_are_framed_once() -> None:
+    # A size that no other test has: frames are kept.
+    pieces = [Piece(str(number), torch.zeros(1001, dtype=torch.bfloat16), 0, 1001) for number in range(3)]
+    with patch.object(torch, "save", wraps=torch.save) as made:
+        file = ShardFile("one", pieces)
+    assert made.call_count == 1 and len({place.length for place in file.places}) == 1
+
+
 TENSORS = st.tuples(
     st.sampled_from([torch.float32, torch.bfloat16, torch.uint8]), st.integers(1, 300), st.integers(0, 2**32 - 1)
 )
