@@ -1,5 +1,6 @@
 """What a rank would lose, in pieces, and copies of it in memory."""
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from mmap import mmap
@@ -49,6 +50,9 @@ class Snapshot:
             # Pinned, or each copy would go through a buffer of the driver's and hold the thread that starts it.
             status = torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), self.memory.nbytes, 0)
             torch.cuda.check_error(status)
+            # The driver wants a page back before it is unmapped, so the memory lives until then. The end of the
+            # process does the same.
+            weakref.finalize(self, _unpin, self.memory, self._stream).atexit = False
 
     def mark(self) -> None:
         """The values to copy are those that the pieces have after what the device has been given so far."""
@@ -70,6 +74,11 @@ class Snapshot:
                 target.copy_(source, non_blocking=True)
             else:  # torch would start threads of its own for this thread
                 np.copyto(as_bytes(target), as_bytes(source))
+
+
+def _unpin(memory: Tensor, stream: torch.cuda.Stream) -> None:
+    stream.synchronize()
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))
 
 
 def size_bytes(pieces: Sequence[Piece]) -> int:

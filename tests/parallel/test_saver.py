@@ -2,16 +2,19 @@
 the disk do meanwhile."""
 
 import errno
+import gc
 import os
 import shutil
 import subprocess
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
@@ -103,6 +106,27 @@ def test_who_waits_for_a_save_is_not_computing(tmp_path: Path) -> None:
     with operations_at(worker.activity, threading.Thread, "join") as finishing:
         saver.finish()
     assert asking == {"agreement on the checkpoint"} and finishing == {"checkpoint"}
+
+
+def test_memory_that_was_pinned_is_unpinned_before_it_goes() -> None:
+    """CUDA's side is played: what is checked is what the driver is told, and when."""
+    cudart, memory, told = MagicMock(), torch.zeros(128, dtype=torch.uint8), []
+    alive = weakref.ref(memory)
+
+    def unregister(address: int) -> None:
+        living = alive()
+        told.append(living is not None and living.data_ptr() == address)
+
+    cudart.cudaHostUnregister = unregister
+    source = cast(torch.Tensor, SimpleNamespace(nbytes=100, dtype=torch.uint8, is_cuda=True, device="cuda"))
+    with patch.multiple(torch.cuda, Stream=MagicMock(), cudart=lambda: cudart, check_error=MagicMock()):
+        snapshot = Snapshot([Piece("x", source, 0, 100)], memory)
+        del memory
+        gc.collect()
+        assert told == []
+        del snapshot
+        gc.collect()
+    assert told == [True] and alive() is None
 
 
 def test_an_error_of_the_writer_is_raised_when_the_save_is_finished_and_the_next_one_is_as_good(tmp_path: Path) -> None:
