@@ -185,6 +185,7 @@ def _exchange(one: Path, other: Path) -> None:
     if rename is not None and rename(current_folder, bytes(one), current_folder, bytes(other), exchange) == 0:
         return
     aside = one.with_suffix(".replaced")
+    shutil.rmtree(aside, ignore_errors=True)  # of a save that was cut off here: ``other`` has been written again since
     os.rename(other, aside)
     os.rename(one, other)
     os.rename(aside, one)

@@ -1,5 +1,6 @@
 """Checkpoints: a run goes on as if it had never stopped, on any layout, and what is damaged or foreign is refused."""
 
+import ctypes
 import os
 import resource
 import shutil
@@ -9,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from errno import EIO, ENOSPC
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -313,6 +315,16 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     again = alone(seed=5)
     load(path, again)
     assert step(again, 1).loss == step(worker, 1).loss
+
+
+def test_a_save_that_was_cut_off_while_it_replaced_one_does_not_stop_later_ones(tmp_path: Path) -> None:
+    """On a file system that cannot swap two names."""
+    worker = alone()
+    first = save(tmp_path, worker, Progress(1, 16), keep=2)
+    shutil.copytree(first, tmp_path / f".{first.name}.replaced")
+    with patch.object(ctypes, "CDLL", return_value=SimpleNamespace(renameat2=lambda *_: -1)):
+        assert save(tmp_path, worker, Progress(1, 48), keep=2) == first
+    assert files(tmp_path) == [first.name] and load(first, alone(seed=5)) == Progress(1, 48)
 
 
 def test_a_damaged_checkpoint_does_not_push_out_a_complete_one(tmp_path: Path) -> None:
