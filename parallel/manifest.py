@@ -69,6 +69,21 @@ def problem(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     return None
 
 
+def lacking(folder: Path) -> str | None:
+    """What is absent or of another size, in one phrase, or None; no file but the manifest is read."""
+    try:
+        wanted = {name: entry.bytes for name, entry in read(folder).items()}
+        found = {file.name: file.stat().st_size for file in folder.iterdir()}
+    except (OSError, ValueError) as error:
+        return str(error)
+    for name, size in wanted.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != size:
+            return f"{name} has {found[name]} of {size} bytes"
+    return None
+
+
 def _entry(file: Path) -> Entry:
     size = checksum = 0
     with file.open("rb") as stream:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from parallel import manifest
 from parallel.activity import collective_timeout
-from parallel.checkpoint import INDEX, PREFIX, CheckpointError, Progress, fsync, missing, pieces, published, seal
+from parallel.checkpoint import INDEX, PREFIX, CheckpointError, Progress, fsync, pieces, published, seal
 from parallel.shard_file import ShardFile, index
 from parallel.snapshot import Snapshot
 from parallel.worker import Worker
@@ -51,6 +51,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._copied = threading.Event()
         self._outcome: Path | Exception | None = None
+        self._written: set[Path] = set()
         self.underway: Progress | None = None
         """What was begun and not finished; the same on all ranks."""
 
@@ -109,15 +110,18 @@ class Saver:
     def _save(self, progress: Progress, spoiled: Set[Path]) -> Path:
         final = self.folder / f"{PREFIX}{progress.step:08d}"
         partial = self.folder / f".{final.name}.partial"
+        spoiled = spoiled - self._written
         values = self._tensors if self._snapshot is None else self._snapshot.tensors
         try:
             self._all(lambda: self._make(partial) if self._leads else None)
             entries = self._all(lambda: (self._file.name, self._file.write(partial, values)))
-            self._all(lambda: self._publish(partial, final, progress, dict(entries)) if self._leads else None)
+            damaged = final in spoiled
+            self._all(lambda: self._publish(partial, final, progress, dict(entries), damaged) if self._leads else None)
         except OSError as error:
             if self._leads:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(f"checkpoint {final} cannot be written: {error.strerror or error}") from error
+        self._written.add(final)
         if self._leads:
             self._delete_old(final, spoiled)
         return final
@@ -126,7 +130,9 @@ class Saver:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
 
-    def _publish(self, partial: Path, final: Path, progress: Progress, entries: dict[str, manifest.Entry]) -> None:
+    def _publish(
+        self, partial: Path, final: Path, progress: Progress, entries: dict[str, manifest.Entry], damaged: bool
+    ) -> None:
         (partial / INDEX).write_bytes(self._index)
         seal(partial, progress, entries)
         if not final.exists():
@@ -134,7 +140,7 @@ class Saver:
             fsync(final.parent)
             return
         # The same step, written by a run that was resumed from before it.
-        damaged = manifest.problem(final) is not None
+        damaged = damaged or manifest.lacking(final) is not None
         _exchange(partial, final)
         if damaged:  # it stays: it is evidence
             os.rename(partial, _unused(final.with_suffix(".damaged")))
@@ -143,7 +149,8 @@ class Saver:
 
     def _delete_old(self, final: Path, spoiled: Set[Path]) -> None:
         # Damaged ones neither count nor go: they are evidence, and not ours to judge by their names.
-        complete = [p for p in published(self.folder) if p == final or (p not in spoiled and missing(p) is None)]
+        known = (p for p in published(self.folder) if p == final or p not in spoiled)
+        complete = [p for p in known if manifest.lacking(p) is None]
         for old in complete[: -self.keep]:
             if old != final:
                 shutil.rmtree(old, ignore_errors=True)

@@ -20,11 +20,11 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
-from parallel import checkpoint
+from parallel import checkpoint, manifest
 from parallel.checkpoint import CheckpointError, DamagedCheckpointError, Progress, load, missing, published
 from parallel.mesh import Layout
 from parallel.optimizer_config import OptimizerConfig
-from parallel.saver import save
+from parallel.saver import Saver, save
 from parallel.shard_file import ShardFile
 from parallel.worker import Job, StepResult, Worker
 from tests.model.tiny import tiny
@@ -310,7 +310,11 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert files(tmp_path) == ["step-00000003", "step-00000011"]
     # A run that was resumed from before it writes a step again.
     step(worker, 0)
-    path = save(tmp_path, worker, Progress(11, 176), keep=2)
+    with (
+        patch.object(FileSystemReader, "read_metadata", side_effect=AssertionError("an index was read")),
+        patch.object(manifest, "problem", side_effect=AssertionError("a checkpoint was read")),
+    ):
+        path = save(tmp_path, worker, Progress(11, 176), keep=2)
     assert files(tmp_path) == ["step-00000003", "step-00000011"]
     again = alone(seed=5)
     load(path, again)
@@ -344,8 +348,11 @@ def test_a_checkpoint_known_to_be_spoiled_does_not_push_out_a_whole_one(tmp_path
     written = save(tmp_path, worker, Progress(2, 32), keep=2, spoiled={spoiled})
     assert published(tmp_path) == [older, written, spoiled]
     # Written again, it is as good as any.
-    assert save(tmp_path, worker, Progress(5, 80), keep=2, spoiled={spoiled}) == spoiled
-    assert published(tmp_path) == [written, spoiled]
+    saver = Saver(tmp_path, worker, keep=2, asynchronous=False)
+    for number, left in ((5, [written, spoiled]), (6, [spoiled, tmp_path / "step-00000006"])):
+        saver.begin(Progress(number, 16 * number), {spoiled})
+        saver.finish()
+        assert published(tmp_path) == left
 
 
 @pytest.mark.parametrize(

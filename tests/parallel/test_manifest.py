@@ -94,9 +94,11 @@ def test_a_stale_shard_of_an_older_checkpoint_is_seen(tmp_path: Path) -> None:
 
 def test_a_damaged_one_of_the_same_step_is_kept_aside(tmp_path: Path) -> None:
     worker = alone()
-    for _ in range(3):
-        path = save(tmp_path, worker, Progress(1, 16), keep=1)
-        (path / "state.json").write_text('{"step": 1, "sequences": 17}\n')
-    save(tmp_path, worker, Progress(1, 16), keep=1)
+    spoiled: set[Path] = set()
+    for spoil in ('{"step": 1, "sequences": 17}\n', '{"step": 1, "sequences": 17}\n', ""):
+        path = save(tmp_path, worker, Progress(1, 16), keep=1, spoiled=spoiled)
+        (path / "state.json").write_text(spoil)
+        spoiled = {path} if spoil else set()  # of another size: nobody has to say so
+    save(tmp_path, worker, Progress(1, 16), keep=1, spoiled=spoiled)
     assert files(tmp_path) == [f"step-00000001{end}" for end in ("", ".damaged", ".damaged.2", ".damaged.3")]
     assert damage(tmp_path / "step-00000001") is None
