@@ -16,6 +16,7 @@ B batch, S sequence, D model, H heads, N head dims without position, R rotary, V
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,28 +96,31 @@ class Attention(nn.Module):
             "mla_up", lambda q, kv, rope: self._core_inputs(q, kv, rope, positions, again), c_q, latent, k_rope
         )
         out_BHSK = attend(q, k, v, c.softmax_scale, positions)
-        out = again("mla_up", lambda out: core_result(out, c.v_head_dim, dtype).flatten(-2), out_BHSK)
+        result = core_result if self.o.owner is None else _CoreResult.apply
+        out = again("mla_up", lambda out: result(out, c.v_head_dim, dtype).flatten(-2), out_BHSK)
         return self.o(out, again)
 
     def _queries(self, c_q: Tensor, positions: Positions, again: Recomputation) -> tuple[Tensor, Tensor]:
         """From their latent, or from the layer's input -> [B, S, H, N], and [B, S, H, R] turned."""
         c = self.config
-        query = (self.q if c.q_lora_rank is None else self.q_b)(c_q, again)
-        q_nope, q_rope = query.unflatten(-1, (c.num_attention_heads, -1)).split(
-            [c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1
-        )
+        q_nope, q_rope = self._up(c_q, again).split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
         return q_nope, rotate(q_rope, positions.rotations)
+
+    def _up(self, c_q: Tensor, again: Recomputation) -> Tensor:
+        """[B, S, H, N + R], not turned."""
+        query: Tensor = (self.q if self.config.q_lora_rank is None else self.q_b)(c_q, again)
+        return query.unflatten(-1, (self.config.num_attention_heads, -1))
 
     def _core_inputs(
         self, c_q: Tensor, latent: Tensor, k_rope: Tensor, positions: Positions, again: Recomputation
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The latents and the shared rotary key [B, S, R] -> what the core reads."""
         c = self.config
-        k_nope, v = (
-            self.kv_b(latent, again)
-            .unflatten(-1, (c.num_attention_heads, -1))
-            .split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
-        )
+        keys_values = self.kv_b(latent, again).unflatten(-1, (c.num_attention_heads, -1))
+        if self.kv_b.owner is not None:
+            query, turns = self._up(c_q, again), positions.rotations
+            return _CoreInputs.apply(query, keys_values, k_rope, turns, c.qk_nope_head_dim)  # type: ignore[no-any-return]
+        k_nope, v = keys_values.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
         k_rope = rotate(k_rope.unsqueeze(2), positions.rotations).expand(-1, -1, c.num_attention_heads, -1)
         q_BSHK = torch.cat(self._queries(c_q, positions, again), dim=-1)
         return core_inputs(q_BSHK, torch.cat([k_nope, k_rope], dim=-1), v)
@@ -151,7 +155,7 @@ def core_inputs(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor) -> tuple[Tensor,
     kernels want one head size, and an unfused core would hold all S x S scores."""
     width = v_BSHV.shape[-1]
     v_BSHK = F.pad(v_BSHV, (0, q_BSHK.shape[-1] - width)) if width < q_BSHK.shape[-1] else v_BSHV
-    q, k, v = (_core_operand(t).transpose(1, 2) for t in (q_BSHK, k_BSHK, v_BSHK))
+    q, k, v = (t.to(_core_dtype(t)).transpose(1, 2) for t in (q_BSHK, k_BSHK, v_BSHK))
     return q, k, v
 
 
@@ -160,9 +164,59 @@ def core_result(out_BHSK: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return out_BHSK.transpose(1, 2)[..., :width].to(dtype)
 
 
-def _core_operand(x: Tensor) -> Tensor:
+class _CoreInputs(torch.autograd.Function):
+    """The same from the projections' outputs, and each tensor written once: queries [B, S, H, N + R], keys without
+    position and values [B, S, H, N + V], the shared key [B, S, R], none of them turned -> [B, H, S, K] three times."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, keys_values: Tensor, k_rope: Tensor, turns: Tensor, nope: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        values = keys_values.shape[-1] - nope
+        ctx.nope, ctx.values, ctx.turns, ctx.dtype = nope, values, turns, query.dtype
+        q, k = (query.new_empty(query.shape, dtype=_core_dtype(query)) for _ in range(2))
+        v = q.new_empty(*q.shape[:-1], max(values, q.shape[-1]))
+        q[..., :nope] = query[..., :nope]
+        q[..., nope:] = rotate(query[..., nope:], turns)
+        k[..., :nope] = keys_values[..., :nope]
+        k[..., nope:] = rotate(k_rope.unsqueeze(2), turns)
+        v[..., :values] = keys_values[..., nope:]
+        v[..., values:].zero_()
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gq, gk, gv), nope, turned_back = (g.transpose(1, 2) for g in grads), ctx.nope, ctx.turns.conj()
+        gquery = torch.empty(gq.shape, dtype=ctx.dtype, device=gq.device)
+        gquery[..., :nope] = gq[..., :nope]
+        gquery[..., nope:] = rotate(gq[..., nope:], turned_back)
+        gkeys_values = gquery.new_empty(*gq.shape[:-1], nope + ctx.values)
+        gkeys_values[..., :nope] = gk[..., :nope]
+        gkeys_values[..., nope:] = gv[..., : ctx.values]
+        gk_rope = rotate(gk[..., nope:].sum(2, keepdim=True), turned_back)
+        return gquery, gkeys_values, gk_rope.squeeze(2).to(ctx.dtype), None, None
+
+
+class _CoreResult(torch.autograd.Function):
+    """``core_result``, whose gradient is written once."""
+
+    @staticmethod
+    def forward(ctx: Any, out_BHSK: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+        ctx.like = out_BHSK.shape[-1], out_BHSK.dtype
+        return core_result(out_BHSK, width, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g_BSHV,), (width, dtype) = grads, ctx.like
+        g_BSHK = g_BSHV.new_empty((*g_BSHV.shape[:-1], width), dtype=dtype)
+        g_BSHK[..., : g_BSHV.shape[-1]] = g_BSHV
+        g_BSHK[..., g_BSHV.shape[-1] :].zero_()
+        return g_BSHK.transpose(1, 2), None, None
+
+
+def _core_dtype(x: Tensor) -> torch.dtype:
     """FP32 instead of BF16 where the core is faster so."""
-    return x.float() if x.dtype == torch.bfloat16 and _slow_bf16_core(x.device.type) else x
+    return torch.float32 if x.dtype == torch.bfloat16 and _slow_bf16_core(x.device.type) else x.dtype
 
 
 @cache

@@ -11,7 +11,6 @@ T tokens (rows), D inputs, F outputs, E experts, R rows sorted by expert.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
@@ -105,9 +104,27 @@ def _slow_bf16(device_type: str) -> bool:
     return device_type == "cpu" and not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
+def multiplies_natively(x: Tensor) -> bool:
+    """Whether a product of ``x`` is one of a CPU's own BF16 products, which it compiles for each shape."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _slow_bf16("cpu")
+
+
 def gemm_operand(x: Tensor) -> Tensor:
     """``x`` in the format in which this device multiplies it fastest: FP32 instead of BF16 on many CPUs."""
     return x.float() if x.dtype == torch.bfloat16 and _slow_bf16(x.device.type) else x
+
+
+PIECE = 1 << 17
+"""Elements; their FP32 copy is 512 KiB."""
+
+
+def accumulate(buffer: Tensor, product: Tensor) -> None:
+    """``buffer`` += ``product``, both contiguous. A CPU makes an FP32 copy of a BF16 summand first: in pieces, it never
+    leaves the cache."""
+    if product.dtype == buffer.dtype or product.device.type != "cpu" or product.numel() <= PIECE:
+        buffer.add_(product)
+    else:
+        torch._foreach_add_(buffer.view(-1).split(PIECE), product.view(-1).split(PIECE))
 
 
 class _SplitLinear(torch.autograd.Function):
@@ -130,7 +147,7 @@ class _SplitLinear(torch.autograd.Function):
             if x2_TD.dtype == torch.float32:
                 buffer_FD.addmm_(gy2_TF.t(), x2_TD)
             else:
-                buffer_FD.add_(gy2_TF.t() @ x2_TD)
+                accumulate(buffer_FD, gy2_TF.t() @ x2_TD)
 
         ctx.owner.defer(ctx.weight, contribute)
         gx_TD = (gy_TF @ gemm_operand(weight_FD.to(x_TD.dtype))).to(x_TD.dtype) if ctx.needs_input_grad[0] else None
@@ -155,73 +172,25 @@ class Linear(Owned):
         return _SplitLinear.apply(x, self.weight, self.owner)
 
 
-GROUP_ROWS = 32
-"""To how many rows a CPU's groups are filled up: it compiles a BF16 product for every shape that it meets, so it shall
-meet few. No more than 12 % of the products are idle where an expert has 256 rows."""
-
-
-@dataclass(frozen=True)
-class _Groups:
-    """How rows by expert enter a grouped product on this device: as they are (``filled`` is None), or the rows of an
-    expert filled up with its last one again. ``ends_E``: where each group ends; the rest are indices."""
-
-    ends_E: Tensor
-    filled: "_Filled | None" = None
-
-    @classmethod
-    def of(cls, x_RD: Tensor, ends_E: Tensor) -> "_Groups":
-        if x_RD.dtype != torch.bfloat16 or x_RD.device.type != "cpu" or _slow_bf16("cpu"):
-            return cls(ends_E)
-        counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-        sizes_E = (counts_E + (GROUP_ROWS - 1)) // GROUP_ROWS * GROUP_ROWS
-        filled_ends_E = sizes_E.cumsum(0)
-        shift_E = (filled_ends_E - sizes_E) - (ends_E - counts_E)
-        place_R = torch.arange(len(x_RD)) + shift_E.repeat_interleave(counts_E)
-        row_P = torch.arange(int(filled_ends_E[-1])) - shift_E.repeat_interleave(sizes_E)
-        last_P = (ends_E - 1).repeat_interleave(sizes_E)
-        idle = (row_P > last_P).nonzero().view(-1)
-        return cls(filled_ends_E.to(torch.int32), _Filled(place_R, torch.minimum(row_P, last_P), idle))
-
-    def operand(self, x_RD: Tensor) -> Tensor:
-        return gemm_operand(x_RD) if self.filled is None else x_RD.index_select(0, self.filled.row_P)
-
-    def zero_idle(self, operand_PD: Tensor) -> Tensor:
-        """What ``operand`` returned, such that rows in excess add nothing to a sum over rows."""
-        return operand_PD if self.filled is None else operand_PD.index_fill_(0, self.filled.idle, 0)
-
-    def result(self, y_PF: Tensor, dtype: torch.dtype) -> Tensor:
-        return y_PF.to(dtype) if self.filled is None else y_PF.index_select(0, self.filled.place_R)
-
-
-@dataclass(frozen=True)
-class _Filled:
-    """``place_R``: where each row stands; ``row_P``: which row stands at each place; ``idle``: places in excess."""
-
-    place_R: Tensor
-    row_P: Tensor
-    idle: Tensor
-
-
 class _SplitGroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, weight_EFD: nn.Parameter, ends_E: Tensor, owner: WeightGradients) -> Tensor:
-        ctx.save_for_backward(x_RD, weight_EFD)
-        ctx.weight, ctx.owner, ctx.groups = weight_EFD, owner, _Groups.of(x_RD, ends_E)
-        operand_RD, w_EFD = ctx.groups.operand(x_RD), gemm_operand(weight_EFD)
-        y_RF = F.grouped_mm(operand_RD, w_EFD.transpose(1, 2), offs=ctx.groups.ends_E)
-        return ctx.groups.result(y_RF, x_RD.dtype)
+        ctx.save_for_backward(x_RD, weight_EFD, ends_E)
+        ctx.weight, ctx.owner = weight_EFD, owner
+        w_EDF = gemm_operand(weight_EFD).transpose(1, 2)
+        return F.grouped_mm(gemm_operand(x_RD), w_EDF, offs=ends_E).to(x_RD.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_RD, weight_EFD = ctx.saved_tensors
-        x_RD, groups = x_RD.detach(), ctx.groups
-        gy_RF = groups.zero_idle(groups.operand(grads[0].contiguous()))
+        x_RD, weight_EFD, ends_E = ctx.saved_tensors
+        x_RD = x_RD.detach()
+        gy_RF = gemm_operand(grads[0].contiguous())
 
         def contribute(buffer_EFD: Tensor) -> None:
-            buffer_EFD.add_(F.grouped_mm(gy_RF.t(), groups.operand(x_RD), offs=groups.ends_E))
+            accumulate(buffer_EFD, F.grouped_mm(gy_RF.t(), gemm_operand(x_RD), offs=ends_E))
 
         ctx.owner.defer(ctx.weight, contribute)
-        gx_RD = groups.result(F.grouped_mm(gy_RF, gemm_operand(weight_EFD), offs=groups.ends_E), x_RD.dtype)
+        gx_RD = F.grouped_mm(gy_RF, gemm_operand(weight_EFD), offs=ends_E).to(x_RD.dtype)
         return gx_RD, None, None, None
 
 

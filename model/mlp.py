@@ -17,7 +17,8 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.fp8.quantise import Quantised
-from model.linear import GroupedLinear, Linear, Owned
+from model.filling import Filling
+from model.linear import GroupedLinear, Linear, Owned, multiplies_natively
 from model.recompute import Recomputation
 
 
@@ -99,6 +100,20 @@ class Experts(Owned):
     ) -> Tensor:
         """``payload``: the rows as they came in FP8, for the layer's ``products``."""
         again = again or Recomputation()
+        if self.owner is None or self.gate_up.products is not None or not multiplies_natively(rows_RD):
+            return self._compute(rows_RD, weights_R, ends_E, payload, again)
+        filling = Filling.of(ends_E)
+        y_PD = self._compute(filling.fill(rows_RD), filling.fill(weights_R), filling.ends_E, None, again)
+        return filling.unfill(y_PD)
+
+    def _compute(
+        self,
+        rows_RD: Tensor,
+        weights_R: Tensor,
+        ends_E: Tensor,
+        payload: Quantised | None,
+        again: Recomputation,
+    ) -> Tensor:
         h = self.gate_up(rows_RD, ends_E, payload)
         if self.down.products is not None:
             return self.down.products.swiglu_linear(h, weights_R, self.down.weight, self.down.owner, ends_E)

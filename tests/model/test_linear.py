@@ -146,20 +146,6 @@ def test_bf16_rounds_its_results_and_nothing_else(kind: str, widened: bool, monk
         assert_near(gw, exact_gw, 0 if widened else BF16)
 
 
-@settings(deadline=None)
-@given(rows_by_expert, seeds)
-def test_groups_that_are_filled_up_give_what_their_rows_alone_give(rows: list[int], seed: int) -> None:
-    layer = filled(GroupedLinear(len(rows), 16, 8), seed).bfloat16()
-    ends = torch.tensor(rows).cumsum(0).to(torch.int32)
-    x, gy = torch.randn(sum(rows), 16).bfloat16(), torch.randn(sum(rows), 8).bfloat16()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model.linear, "_slow_bf16", lambda device_type: False)
-        patch.setattr(model.linear, "GROUP_ROWS", 4)
-        results = split(layer, x, gy, ends)
-    for got, exact in zip(results, plain(layer, x, gy, ends), strict=True):
-        assert_near(got, exact, BF16)
-
-
 @pytest.mark.parametrize("with_owner", [True, False])
 def test_a_bf16_weight_serves_an_fp32_input_exactly(with_owner: bool) -> None:
     # The router's gate: FP32 arithmetic whatever the parameters are kept in.

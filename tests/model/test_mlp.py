@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import model.filling
+import model.mlp
 from model.linear import WeightGradients, own
 from model.mlp import MLP, Experts, _SwiGLU, swiglu
 from tests.model.tiny import tiny
@@ -111,13 +113,16 @@ def test_mlp_with_an_owner_is_the_plain_one(leading: list[int], hidden: int, wid
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=4), seeds)
-def test_experts_are_a_loop_over_them(rows: list[int], seed: int) -> None:
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.booleans(), seeds)
+def test_experts_are_a_loop_over_them(rows: list[int], filling: bool, seed: int) -> None:
     experts = filled(Experts(tiny(), range(len(rows))), seed)
     hidden, total = tiny().hidden_size, sum(rows)
     x, weights, gy = torch.randn(total, hidden), torch.rand(total), torch.randn(total, hidden)
     ends = torch.tensor(rows).cumsum(0).to(torch.int32)
-    results = [run(experts, [x, weights], [ends], gy, with_owner) for with_owner in (True, False)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.mlp, "multiplies_natively", lambda x: filling)
+        patch.setattr(model.filling, "GROUP_ROWS", 4)
+        results = [run(experts, [x, weights], [ends], gy, with_owner) for with_owner in (True, False)]
 
     leaves = [t.detach().double().requires_grad_() for t in (x, weights, *experts.parameters())]
     x64, weights64, gate_up, down = leaves
