@@ -119,7 +119,7 @@ class Attention(nn.Module):
         keys_values = self.kv_b(latent, again).unflatten(-1, (c.num_attention_heads, -1))
         if self.kv_b.owner is not None:
             query, turns = self._up(c_q, again), positions.rotations
-            return _CoreInputs.apply(query, keys_values, k_rope, turns, c.qk_nope_head_dim)  # type: ignore[no-any-return]
+            return _CoreInputs.apply(query, keys_values, k_rope, turns, c.qk_nope_head_dim)
         k_nope, v = keys_values.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
         k_rope = rotate(k_rope.unsqueeze(2), positions.rotations).expand(-1, -1, c.num_attention_heads, -1)
         q_BSHK = torch.cat(self._queries(c_q, positions, again), dim=-1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 GROUP_ROWS = 32
-"""What counts are filled up to a multiple of. No more than 12 % of the products are idle where an expert has 256 rows."""
+"""No more than 12 % of the products are idle where an expert has 256 rows."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Filling:
         return cls(place_R, torch.minimum(row_P, last_P), idle, filled_ends_E.to(torch.int32))
 
     def fill(self, x_RD: Tensor) -> Tensor:
-        """[R, ...] -> [P, ...]. The gradients that come back must be zero in the rows in excess, as ``unfill``'s are."""
+        """[R, ...] -> [P, ...]. Gradients of rows in excess must be zero, as those are that ``unfill`` sends back."""
         filled: Tensor = _Fill.apply(x_RD, self)
         return filled
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.fp8.quantise import Quantised
 from model.filling import Filling
+from model.fp8.quantise import Quantised
 from model.linear import GroupedLinear, Linear, Owned, multiplies_natively
 from model.recompute import Recomputation
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from model.attention import Attention, attend, core_inputs, core_result
-from model.positions import Positions
+from model.linear import WeightGradients, own
+from model.positions import Positions, documents_of, places_in
 from model.rope import rotations
 from tests.model.tiny import tiny
 
@@ -139,3 +140,40 @@ def test_a_later_token_changes_nothing_earlier(place: int, seed: int) -> None:
         before, after = attention(x, turns), attention(changed, turns)
     assert torch.equal(before[:, :place], after[:, :place])
     assert (before[:, place:] != after[:, place:]).any(-1).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.sampled_from([12, None]),
+    st.sampled_from([(4, 4, 6), (6, 2, 8), (4, 2, 10)]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.booleans(),
+    seeds,
+)
+def test_attention_with_an_owner_is_the_plain_one(
+    query_latent: int | None, dims: tuple[int, int, int], dtype: torch.dtype, documents: bool, seed: int
+) -> None:
+    nope, rope, value = dims
+    config = tiny(q_lora_rank=query_latent, qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=value)
+    torch.manual_seed(seed)
+    attention = Attention(config).to(dtype)
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    turns = rotations(7, rope, config.rope_theta)
+    tokens = torch.tensor([[1, 0, 1, 1, 0, 1, 1], [1, 1, 1, 0, 1, 1, 1]])
+    positions = Positions(turns)
+    if documents:
+        documents_BS = documents_of(tokens, 0)
+        positions = Positions(turns[places_in(documents_BS)], documents_BS)
+    x, gy = (torch.randn(2, 7, config.hidden_size).to(dtype).requires_grad_() for _ in range(2))
+    plain = attention(x, positions)
+    wanted = [plain, *torch.autograd.grad(plain, [x, *attention.parameters()], gy)]
+    buffers = {p: torch.zeros(p.shape) for p in attention.parameters()}
+    owner = WeightGradients(buffers)
+    own(attention, owner)
+    got = attention(x, positions)
+    found = torch.autograd.grad(got, x, gy)
+    owner.apply(owner.take())
+    rounding = FP32 if dtype == torch.float32 else 2.0**-5
+    for mine, want in zip([got, *found, *buffers.values()], wanted, strict=True):
+        torch.testing.assert_close(mine.double(), want.double(), rtol=0, atol=rounding * want.abs().max().item())
