@@ -54,12 +54,12 @@ def swiglu_backward(x_T2F: Tensor, weights_T: Tensor | None, gy_TF: Tensor) -> t
     gy = gy_TF.float()
     gx = torch.empty_like(x_T2F, dtype=torch.float32)
     ggate, gup = gx.chunk(2, dim=-1)
-    torch.mul(F.silu(gate), gy, out=gup)
-    gsilu, gweights_T = gy * up, None
+    silu, gsilu, gweights_T = F.silu(gate), gy * up, None
     if weights_T is not None:
-        gweights_T = torch.linalg.vecdot(gup, up)
-        gup.mul_(weights_T.unsqueeze(-1))
+        gweights_T = torch.mul(silu, gsilu).sum(-1)
+        silu.mul_(weights_T.unsqueeze(-1))
         gsilu.mul_(weights_T.unsqueeze(-1))
+    torch.mul(silu, gy, out=gup)
     torch.ops.aten.silu_backward.grad_input(gsilu, gate, grad_input=ggate)
     return gx, gweights_T
 

@@ -27,14 +27,13 @@ class _OwnedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # With n = x · scale: gx = scale · (gy w - n · mean(gy w n)), gw = sum over rows of gy n.
+        # gx = scale · (gy w - x · scale² · mean(gy w x)), gw = sum over rows of gy x · scale.
         x, weight, scale = ctx.saved_tensors
-        gy32 = grads[0].float()
-        normal = x.float() * scale
-        gyn = gy32 * normal
-        ctx.owner.add(ctx.weight, lambda buffer: buffer.add_(gyn.reshape(-1, gyn.shape[-1]).sum(0)))
-        mean = (gyn @ weight.float()).div_(x.shape[-1]).unsqueeze_(-1)
-        gx = normal.mul_(mean).neg_().addcmul_(gy32, weight.float()).mul_(scale)
+        x32, gy32, weight32, width = x.float(), grads[0].float(), weight.float(), x.shape[-1]
+        gyx = gy32 * x32
+        ctx.owner.add(ctx.weight, lambda buffer: buffer.addmv_(gyx.reshape(-1, width).t(), scale.view(-1)))
+        mean = (gyx @ weight32).div_(-width).unsqueeze_(-1).mul_(scale.pow(3))
+        gx = (x32 * mean).addcmul_(gy32 * weight32, scale)
         return gx.to(x.dtype), None, None, None
 
 
