@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Collection
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,7 @@ def run_ranks(
     """``function(rank, *arguments)`` on every rank, torch.distributed initialised. The first rank that raises fails
     the test with its traceback; no rank is left behind. From a rank in ``lost`` nothing is expected, and it counts as
     None."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "parallel.worker"])
+    context = fork_server()
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(world)]
         ranks = [
@@ -39,6 +39,14 @@ def run_ranks(
                 process.kill()
             for process in ranks:
                 process.join()
+
+
+def fork_server() -> ForkServerContext:
+    """Where all ranks are forked from, with everything imported that a rank and the file of its test need: two seconds
+    for each of a thousand ranks otherwise."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["launch.trainer", "pytest", "hypothesis.strategies"])
+    return context
 
 
 def _result(read: Connection, rank: int, timeout: float) -> Any:

@@ -5,18 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.runs import CONFIG
+from tests.launch.runs import write_config
 
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A configuration of four ranks over made-up text."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    words = random.Random(0).choices(["pipeline", "bubble", "expert", "stage", "token"], k=4000)
-    (tmp_path / "text.txt").write_text(" ".join(words))
-    file = tmp_path / "config.yaml"
-    file.write_text(CONFIG.replace("DATA", str(tmp_path / "text.txt")).replace("RUN", str(tmp_path / "run")))
-    return file
+    return write_config(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from launch.model_folder import load_model
 from launch.run_folder import RunFolder
 from launch.yaml_strict import load_yaml
 from model.transformer import Transformer, initialise
-from tests.launch.runs import CONFIG, ROOT, entries, train
+from tests.launch.runs import CONFIG, ROOT, entries, train_forked
 from tests.launch.test_data import parquet
 from tests.launch.test_data_megatron import write
 
@@ -81,7 +81,7 @@ def test_a_run_mixes_keeps_apart_fills_in_and_says_so(corpus: Path, tmp_path: Pa
     options = [option.replace("middle=0.1", "middle=0.5") for option in options]
     small = ["layout.data=1", "layout.expert=1", "train.steps=2", "data.source=stdlib", "precision.compute=fp32"]
     small += ["train.sequence_length=64", "checkpoint.every=0", "train.threads=1"]
-    done = train(tmp_path / "config.yaml", *small, *options)
+    done = train_forked(tmp_path / "config.yaml", *small, *options, ranks=2)
     assert done.returncode == 0, done.stderr
     config = load(tmp_path / "run" / "config.yaml")
     data = open_dataset(config)

@@ -14,7 +14,18 @@ import pytest
 
 from launch.local import GRACE_SECONDS, _scratch_folder
 from launch.train import invocation
-from tests.launch.runs import ONE_RANK, ROOT, assert_gone, command, descendants, entries, start, train, wait_for
+from tests.launch.runs import (
+    ONE_RANK,
+    ROOT,
+    assert_gone,
+    command,
+    descendants,
+    entries,
+    start,
+    train,
+    train_forked,
+    wait_for,
+)
 
 TWO_RANKS = ["layout.pipeline=1", "layout.data=2"]
 
@@ -56,11 +67,11 @@ def test_a_process_that_is_killed_is_named_and_takes_all_with_it(config: Path, t
 def test_training_goes_on_without_a_checkpoint_if_the_user_said_so_but_does_not_end_without_one(
     config: Path, tmp_path: Path
 ) -> None:
-    assert train(config, *ONE_RANK, "train.steps=1").returncode == 0
+    assert train_forked(config, *ONE_RANK, "train.steps=1", ranks=1).returncode == 0
     checkpoints = tmp_path / "run" / "checkpoints"
     for step in (2, 6):
         (checkpoints / f".step-0000000{step}.partial").write_text("a file in the way")
-    result = train(config, *ONE_RANK, "train.steps=6", "checkpoint.on_error=continue")
+    result = train_forked(config, *ONE_RANK, "train.steps=6", "checkpoint.on_error=continue", ranks=1)
     assert result.returncode == 2
     cannot = f"checkpoint {checkpoints}/step-%s cannot be written: File exists"
     first, last = result.stderr.splitlines()

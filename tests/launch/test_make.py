@@ -39,7 +39,8 @@ def make(checkout: Path, target: str, cut_short: str = "") -> tuple[int, list[st
     """The exit status, and the calls that were made."""
     log = checkout / "log"
     log.write_text("")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    # What the make that may have started these tests was given, it hands on.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "ARGS"))}
     result = subprocess.run(
         ["make", "-C", str(checkout), target, f"PYTHON={checkout / 'python'}"],
         capture_output=True,

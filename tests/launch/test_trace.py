@@ -18,7 +18,7 @@ from launch.simulate import main
 from launch.trace import NAME, STEPS, Recorder, clock_ahead, document, read
 from parallel.mesh import Layout
 from tests.dualpipe.recordings import as_run
-from tests.launch.runs import train
+from tests.launch.runs import train_forked
 from tests.ranks import run_ranks
 
 PROGRAM = lower(generate("dualpipe", 4, 8))
@@ -98,7 +98,7 @@ def test_clocks_of_other_machines_are_read() -> None:
 
 def test_a_run_records_what_it_executes(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = config.parent / "run"
-    done = train(config, "train.steps=4", "run.trace=true", "data.validation_sequences=0")
+    done = train_forked(config, "train.steps=4", "run.trace=true", "data.validation_sequences=0")
     assert done.returncode == 0, done.stderr
     recording = read(run)
     # The configuration's: two pipeline ranks, and 8 sequences over 2 replicas.

@@ -14,17 +14,38 @@ import torch
 from dualpipe.lower import lower
 from dualpipe.program import dump
 from dualpipe.schedules import generate
-from tests.launch.runs import ROOT, assert_gone, command, descendants, entries, losses, start, train, wait_for
+from tests.launch.runs import (
+    ONE_RANK,
+    ROOT,
+    assert_gone,
+    command,
+    descendants,
+    entries,
+    losses,
+    start,
+    train,
+    train_forked,
+    wait_for,
+    write_config,
+)
 
 
-def test_a_run_is_a_folder_and_two_of_them_are_the_same_bytes(config: Path, tmp_path: Path) -> None:
-    runs = [tmp_path / name for name in ("one", "two")]
-    replicated = ["recovery.max_restarts=1", "recovery.replicate_every=2"]
-    results = [
-        train(config, "--json", f"run.dir={run}", *more) for run, more in zip(runs, ([], replicated), strict=True)
-    ]
-    assert [r.returncode for r in results] == [0, 0], results[0].stderr
-    summary = json.loads(results[0].stdout)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        done = train_forked(write_config(folder))
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def test_a_run_is_a_folder_and_two_of_them_are_the_same_bytes(config: Path, tmp_path: Path, whole: Path) -> None:
+    runs = [whole, tmp_path / "run"]
+    replicated = train(config, "--json", "recovery.max_restarts=1", "recovery.replicate_every=2")
+    assert replicated.returncode == 0, replicated.stderr
+    summary = json.loads(replicated.stdout)
     assert summary["steps"] == 8 and summary["loss_last"] < summary["loss_first"]
     assert 0 < summary["validation_bits_per_byte"] < 10
     first, second = (entries(run) for run in runs)
@@ -54,7 +75,7 @@ RAMP = [
 def test_killed_at_a_random_step_of_a_ramp_and_resumed_it_ends_with_the_same_bytes(
     config: Path, tmp_path: Path
 ) -> None:
-    assert train(config, f"run.dir={tmp_path / 'whole'}", *RAMP).returncode == 0
+    assert train_forked(config, f"run.dir={tmp_path / 'whole'}", *RAMP).returncode == 0
     run, step = tmp_path / "killed", random.randrange(5, 11)  # the checkpoint of step 4 waited for that of step 2
     process = start(config, f"run.dir={run}", *RAMP)
     wait_for(lambda: len(entries(run)) >= step)
@@ -65,7 +86,7 @@ def test_killed_at_a_random_step_of_a_ramp_and_resumed_it_ends_with_the_same_byt
     assert process.returncode == 1, error
     assert "SIGKILL" in error and "Traceback" not in error
     assert_gone(ranks)
-    resumed = train(config, f"run.dir={run}", *RAMP)
+    resumed = train_forked(config, f"run.dir={run}", *RAMP)
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming from" in resumed.stdout
     whole = entries(tmp_path / "whole")
@@ -97,8 +118,8 @@ def test_an_ended_launcher_leaves_no_process(config: Path, tmp_path: Path, kille
 
 
 def test_resuming_changes_what_may_change_and_records_it(config: Path, tmp_path: Path) -> None:
-    assert train(config, "train.steps=4").returncode == 0
-    grown = train(config, "train.steps=6", "layout.pipeline=1", "layout.data=1", "layout.expert=1")
+    assert train_forked(config, "train.steps=4").returncode == 0
+    grown = train_forked(config, "train.steps=6", *ONE_RANK, ranks=1)
     assert grown.returncode == 0, grown.stderr
     assert [e["step"] for e in entries(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     starts = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
@@ -109,7 +130,9 @@ def test_resuming_changes_what_may_change_and_records_it(config: Path, tmp_path:
         refused = train(config, "train.steps=6", override)
         assert refused.returncode == 2
         assert override.partition("=")[0] in refused.stderr and len(refused.stderr.splitlines()) == 1
-    renamed = train(config, "train.steps=6", f"data.source={(tmp_path / 'text.txt').rename(tmp_path / 'same.txt')}")
+    renamed = train_forked(
+        config, "train.steps=6", f"data.source={(tmp_path / 'text.txt').rename(tmp_path / 'same.txt')}"
+    )
     assert renamed.returncode == 0 and "changed since the last start: data.source" in renamed.stdout, renamed.stderr
     (tmp_path / "text.txt").write_text("other text " * 2000)
     other = train(config, "train.steps=6")
@@ -118,10 +141,10 @@ def test_resuming_changes_what_may_change_and_records_it(config: Path, tmp_path:
 
 
 def test_an_incomplete_checkpoint_is_skipped_and_alone_it_is_refused(config: Path, tmp_path: Path) -> None:
-    assert train(config, "train.steps=4").returncode == 0
+    assert train_forked(config, "train.steps=4").returncode == 0
     newest, older = (tmp_path / "run" / "checkpoints" / f"step-{step:08d}" for step in (4, 2))
     next(newest.glob("*.distcp")).unlink()
-    resumed = train(config, "train.steps=5", "checkpoint.keep=5")
+    resumed = train_forked(config, "train.steps=5", "checkpoint.keep=5")
     assert resumed.returncode == 0, resumed.stderr
     assert "step-00000004 is incomplete" in resumed.stdout and "after step 2" in resumed.stdout
     assert resumed.stdout.count("skipped:") == 1  # one rank speaks for all
@@ -139,12 +162,12 @@ def test_an_incomplete_checkpoint_is_skipped_and_alone_it_is_refused(config: Pat
     problems = {Path(entry["checkpoint"]).name: entry["problem"] for entry in json.loads(checked.stdout)}
     assert checked.returncode == 1 and problems["step-00000002"] is None
     assert problems["step-00000005"].startswith(f"is damaged: {payload.name} is not what was written")
-    resumed = train(config, "train.steps=5", "checkpoint.keep=5")
+    resumed = train_forked(config, "train.steps=5", "checkpoint.keep=5")
     assert resumed.returncode == 0, resumed.stderr
     assert "step-00000005 is damaged" in resumed.stdout and "after step 4" in resumed.stdout
     for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
         (checkpoint / ".metadata").unlink()
-    refused = train(config, "train.steps=6")
+    refused = train_forked(config, "train.steps=6")
     assert refused.returncode == 2
     assert "incomplete" in refused.stderr and "Traceback" not in refused.stderr
     assert older.exists()
@@ -186,16 +209,17 @@ def torchrun(config: Path, ranks: int, *overrides: str) -> subprocess.CompletedP
 
 
 def test_torchrun_trains_the_same_bytes(config: Path, tmp_path: Path) -> None:
-    assert train(config, "train.steps=3", f"run.dir={tmp_path / 'own'}").returncode == 0
-    launched = torchrun(config, 4, "train.steps=3", f"run.dir={tmp_path / 'torchrun'}")
+    two_ranks = ["layout.data=1", "layout.expert=1"]
+    assert train(config, *two_ranks).returncode == 0
+    launched = torchrun(config, 2, *two_ranks, f"run.dir={tmp_path / 'torchrun'}")
     assert launched.returncode == 0, launched.stderr
-    assert losses(tmp_path / "torchrun") == losses(tmp_path / "own") != []
+    assert losses(tmp_path / "torchrun") == losses(tmp_path / "run") != []
 
 
 def test_torchrun_with_another_number_of_ranks_is_refused(config: Path, tmp_path: Path) -> None:
-    refused = torchrun(config, 2)
+    refused = torchrun(config, 1)
     assert refused.returncode != 0
-    assert "2 were started" in refused.stderr and "exitcode  : 2" in refused.stderr
+    assert "1 were started" in refused.stderr and "exitcode  : 2" in refused.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -226,48 +250,49 @@ def test_what_a_service_manager_sends_to_the_whole_group_leaves_a_checkpoint(con
 
 
 def test_a_copy_of_a_checkpoint_that_the_user_made_stays(config: Path, tmp_path: Path) -> None:
-    assert train(config, "train.steps=2").returncode == 0
+    assert train_forked(config, "train.steps=2").returncode == 0
     checkpoints = tmp_path / "run" / "checkpoints"
     (checkpoints / "step-00000002").rename(checkpoints / "step-00000002.best")
-    assert train(config, "train.steps=8").returncode == 0
+    assert train_forked(config).returncode == 0
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step-00000002.best", "step-00000006", "step-00000008"]
 
 
-def test_a_run_goes_on_from_its_folder_under_another_schedule_from_a_file(config: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_from_its_folder_under_another_schedule_from_a_file(
+    config: Path, tmp_path: Path, whole: Path
+) -> None:
     """Steps by the name of the schedule, then by the text of another one, with dispatch over pretended nodes."""
     run, file = tmp_path / "run", tmp_path / "step.txt"
-    assert train(config, f"run.dir={run}", "train.steps=2").returncode == 0
+    assert train_forked(config, "train.steps=2").returncode == 0
     file.write_text(dump(lower(generate("zb1p", 2, 4))))
     changed = [f"schedule.program={file}", "dispatch.kind=hierarchical", "layout.ranks_per_node=1"]
-    second = train(run, *changed, "train.steps=4")
+    second = train_forked(run, *changed, "train.steps=8")
     assert second.returncode == 0, second.stderr
-    assert [entry["step"] for entry in entries(run)] == [1, 2, 3, 4]
+    assert [entry["step"] for entry in entries(run)] == [*range(1, 9)]
     assert all(f"changed since the last start: {key.split('=')[0]}: run has" in second.stdout for key in changed)
-
-    whole = tmp_path / "whole"
-    assert train(config, f"run.dir={whole}", "train.steps=4").returncode == 0
     # Another order of the same sums.
     assert losses(run) == pytest.approx(losses(whole), rel=1e-3)
 
 
 def test_an_fp8_run_resumes_to_the_same_bytes(config: Path, tmp_path: Path) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    first = train(config, "precision.compute=fp8", f"run.dir={whole}", "train.steps=4")
+    first = train_forked(config, "precision.compute=fp8", f"run.dir={whole}", "train.steps=4")
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("FP8 products: emulated") == 1
     for steps in (2, 4):
-        assert train(config, "precision.compute=fp8", f"run.dir={resumed}", f"train.steps={steps}").returncode == 0
+        done = train_forked(config, "precision.compute=fp8", f"run.dir={resumed}", f"train.steps={steps}")
+        assert done.returncode == 0, done.stderr
     assert losses(resumed) == losses(whole)
-    refused = train(config, "precision.compute=fp8", "precision.backend=scaled_mm", f"run.dir={tmp_path / 'none'}")
+    refused = train_forked(
+        config, "precision.compute=fp8", "precision.backend=scaled_mm", f"run.dir={tmp_path / 'none'}"
+    )
     assert refused.returncode == 2 and refused.stderr.count("error:") == 1
     assert "scaled_mm needs a Hopper GPU" in refused.stderr and "emulated" in refused.stderr
 
 
 def test_nodes_that_no_expert_group_fills_are_refused_by_every_rank(config: Path) -> None:
     sized = ["layout.data=3", "layout.expert=3", "model.n_routed_experts=6", "model.n_group=1", "model.topk_group=1"]
-    result = train(
-        config, *sized, "train.global_batch_size=12", "dispatch.kind=hierarchical", "layout.ranks_per_node=2"
-    )
+    nodes = ["dispatch.kind=hierarchical", "layout.ranks_per_node=2"]
+    result = train_forked(config, *sized, "train.global_batch_size=12", *nodes, ranks=6)
     assert result.returncode == 2
     assert result.stderr.count("error:") == 1
     assert "layout.ranks_per_node=2 must divide layout.expert (3)" in result.stderr

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def starve(model: Transformer) -> None:
             block.router.bias_E[STARVED] = -10.0
 
 
+@cache
 def reference(job: Job, steps: int) -> tuple[list[float], list[float], float, list[float]]:
     """The model's own forward, torch's autograd, torch's clipping and AdamW: (losses, gradient norms, summed
     cross-entropy of the batch after the last step, losses of multi-token prediction)."""

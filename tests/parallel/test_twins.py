@@ -19,7 +19,7 @@ from tests.parallel.test_parity import STEPS, batch, reference, starve
 from tests.ranks import run_ranks
 
 LAYOUT = Layout(4, 2, 2)
-JOB = replace(PLAIN, model=replace(PLAIN.model, num_nextn_predict_layers=1))
+JOB = replace(PLAIN, model=replace(PLAIN.model, num_nextn_predict_layers=1), global_batch_size=16)
 BF16 = replace(JOB, dtype=torch.bfloat16, optimizer=OptimizerConfig(learning_rate=1e-3, moments="bf16"))
 APART = replace(BF16, schedule="1f1b")
 """First and last stage on ranks of their own, each with a copy of the embedding."""
