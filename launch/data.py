@@ -64,14 +64,6 @@ class Dataset:
         """Documents with anything in them, over all sources and both splits."""
         return sum(corpus.documents for corpus in self.corpora)
 
-    @property
-    def bytes_per_token(self) -> float:
-        """Of the validation splits, as they are mixed; the end of a document counts as one byte."""
-        return sum(
-            float(share) * corpus.bytes_per_token
-            for corpus, share in zip(self.corpora, self.mixture.shares, strict=True)
-        )
-
     def batch(self, step: int) -> Batch:
         """Every sequence of one step, ``[global_batch_size, sequence_length + 1]``; ``step`` counts from 0."""
         return self.sequences(step, 0, self.global_batch_size)
@@ -105,14 +97,23 @@ class Dataset:
         evenly over the split. Fewer than ``count`` come back when a split holds no more.
         """
         length = sequence_length or self.sequence_length
-        shares = self.mixture.counts(np.array([count], dtype=np.int64))[:, 0]
         parts = [np.empty((0, length + 1), dtype=np.int64)]
-        for corpus, share in zip(self.corpora, shares.tolist(), strict=True):
-            there = corpus.validation_windows(length)
-            share = min(share, there)
-            chosen = np.arange(share, dtype=np.int64) * there // max(share, 1)
+        for corpus, share in zip(self.corpora, self._validation_shares(count, length), strict=True):
+            chosen = np.arange(share, dtype=np.int64) * corpus.validation_windows(length) // max(share, 1)
             parts.append(corpus.read(corpus.validation, chosen, length))
         return np.concatenate(parts)
+
+    def validation_bytes_per_token(self, count: int) -> float:
+        """Of the validation splits, in the proportion in which ``validation_sequences(count)`` has them, at least one;
+        the end of a document counts as one byte."""
+        shares = self._validation_shares(count, self.sequence_length)
+        each = [corpus.bytes_per_token for corpus in self.corpora]
+        return sum(share * size for share, size in zip(shares, each, strict=True)) / sum(shares)
+
+    def _validation_shares(self, count: int, length: int) -> list[int]:
+        """How many of ``count`` validation sequences are from each source: no more than its split holds."""
+        shares = self.mixture.counts(np.array([count], dtype=np.int64))[:, 0].tolist()
+        return [min(share, c.validation_windows(length)) for c, share in zip(self.corpora, shares, strict=True)]
 
     def summary(self, sequences: int) -> Iterator[str]:
         """A line for each source, and one for a run of so many sequences in all."""

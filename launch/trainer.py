@@ -319,14 +319,15 @@ class Trainer:
     def _validate(self) -> float | None:
         """Bits per byte over the validation sequences; None when there are none to score."""
         worker, length = self.worker, self.config.train.sequence_length
-        rows = torch.from_numpy(self.data.validation_sequences(self.config.data.validation_sequences))
+        wanted = self.config.data.validation_sequences
+        rows = torch.from_numpy(self.data.validation_sequences(wanted))
         if not len(rows):
             return None
         padded = torch.full((worker.evaluation_batch(len(rows)), length + 1), PADDING)
         padded[: len(rows)] = rows
         first, count = worker.rows(len(padded))
         total = worker.evaluate(padded[first : first + count] if worker.needs_data else None, len(rows))
-        return bits_per_byte(total, len(rows) * length, self.data.bytes_per_token)
+        return bits_per_byte(total, len(rows) * length, self.data.validation_bytes_per_token(wanted))
 
     def _save(self) -> int:
         """Begin a checkpoint. Every one that is due is written: the one before is waited for if it is under way."""

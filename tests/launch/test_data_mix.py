@@ -1,6 +1,7 @@
 """Sources with weights: exact shares, at any step, and no sequence lost or repeated."""
 
 from collections import Counter
+from dataclasses import replace
 from math import log2
 from pathlib import Path
 
@@ -87,6 +88,15 @@ def test_a_mixed_stream_visits_every_window_of_a_source_once_an_epoch_and_needs_
         step, row = divmod(place, batch)
         assert (data.batch(step)[row] == rows[place]).all(), "in a step"
         assert (again.batch(place)[0] == rows[place]).all(), "resumed, with another batch size"
+
+
+def test_bytes_of_a_token_are_those_of_the_sequences_that_are_validated() -> None:
+    """A source with too few validation windows for its share counts for those that it has."""
+    many, few = numbers("many", 0, 100), numbers("few", 0, 5)
+    data = Dataset((replace(many, bytes_per_token=4.0), replace(few, bytes_per_token=2.0)), (1.0, 1.0), 4, 1, seed=0)
+    assert len(data.validation_sequences(8)) == 5, "four of the one, and the one that the other has"
+    assert data.validation_bytes_per_token(8) == (4 * 4.0 + 1 * 2.0) / 5
+    assert data.validation_bytes_per_token(2) == 3.0
 
 
 def configured(tmp_path: Path, *parts: dict[str, object], **data: object) -> Config:
