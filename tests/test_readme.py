@@ -1,5 +1,5 @@
-"""Every command of the README runs. What takes minutes runs with a shorter step of two ranks appended; the two ``make`` commands are
-what ``.ci/run`` itself calls."""
+"""Every command of the README runs. What takes minutes runs with a short step of two ranks appended; the two ``make``
+commands are what ``.ci/run`` itself calls."""
 
 import os
 import re
