@@ -9,6 +9,13 @@ from tests.launch.runs import write_config
 
 
 @pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where tokens are kept, empty at first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "dualpipe"
+
+
+@pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A configuration of four ranks over made-up text."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

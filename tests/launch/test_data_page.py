@@ -16,8 +16,8 @@ from launch.model_folder import load_model
 from launch.run_folder import RunFolder
 from launch.yaml_strict import load_yaml
 from model.transformer import Transformer, initialise
+from tests.launch.corpora import parquet
 from tests.launch.runs import CONFIG, ROOT, entries, train_forked
-from tests.launch.test_data import parquet
 from tests.launch.test_data_megatron import write
 
 PAGE = (ROOT / "docs" / "data.md").read_text()
