@@ -54,12 +54,14 @@ class Indexed:
 
 def find_megatron(source: str) -> Path | None:
     """The path before .bin and .idx, when ``source`` is either of the two or what both begin with; None for any other
-    source."""
-    path = Path(source)
-    if path.suffix in (".bin", ".idx"):
-        return path.with_suffix("").expanduser()
+    source: stdlib, what there is under that very name, whatever lies beside it, and the home of nobody."""
     try:
-        return path.expanduser() if path.name and Path(f"{path.expanduser()}.idx").is_file() else None
+        path = Path(source).expanduser()
+        if source == "stdlib" or path.is_dir():
+            return None
+        if path.suffix in (".bin", ".idx"):
+            return path.with_suffix("")
+        return path if path.name and not path.exists() and Path(f"{path}.idx").is_file() else None
     except (OSError, ValueError, RuntimeError):
         return None
 
@@ -205,11 +207,14 @@ def _split(indexed: Indexed, validation_fraction: float, sequence_length: int) -
 
 
 def text_bytes(tokens: Tokens, tokenizer: Tokenizer) -> int:
-    """Bytes of the text that the tokens stand for, and one for each end of a document."""
-    ends = int((tokens == tokenizer.end).sum())
+    """Bytes of the text that the tokens stand for, and one for each end of a document. One document at a time is text
+    in memory."""
+    ends = np.flatnonzero(tokens == tokenizer.end)
     if isinstance(tokenizer, ByteTokenizer):
-        return int((tokens < 256).sum()) + ends
-    return len(tokenizer.decode(tokens.tolist()).encode()) + ends
+        return int((tokens < 256).sum()) + len(ends)
+    starts = [0, *(ends + 1).tolist()]
+    documents = (tokens[start:end] for start, end in zip(starts, [*ends.tolist(), len(tokens)], strict=True))
+    return sum(len(tokenizer.decode(document.tolist()).encode()) for document in documents) + len(ends)
 
 
 def _mapped(path: Path, dtype: np.dtype[np.integer] | str, offset: int, count: int) -> Tokens:

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from launch.config import Config, from_dict
 from launch.data import DataError, Dataset, open_dataset
-from launch.data_megatron import read_indexed
+from launch.data_megatron import find_megatron, read_indexed, text_bytes
+from launch.tokenizer import open_tokenizer
 from launch.train import is_users
 from launch.trainer import Trainer, UnusableSequence
+from tests.launch.corpora import TEXTS, corpus, words
 
 END = 256
 TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
@@ -186,6 +188,33 @@ def test_a_folder_of_indexed_files_is_answered_with_their_prefixes(prefix: Path)
     assert str(refused.value).endswith(f"must name Megatron's files by their prefix, not their folder; it has {prefix}")
     with pytest.raises(DataError, match=r"or what Megatron's PREFIX\.bin and PREFIX\.idx begin with, and none"):
         open_dataset(configured(f"{prefix}_text"))
+
+
+def test_what_there_is_under_a_name_is_what_the_name_means(
+    prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever lies beside it; and a home that nobody has is said to be missing."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("stdlib", "texts", "x", "x.bin", "a.txt"):
+        Path(f"{name}.idx").touch()
+    assert [find_megatron(name) for name in ("x.bin", "x", "texts")] == [Path("x"), Path("x"), Path("texts")]
+    assert find_megatron("stdlib") is None
+    corpus(tmp_path / "texts", TEXTS).rename("x.bin")
+    corpus(tmp_path / "texts", TEXTS)
+    Path("a.txt").write_text("x" * 100)
+    assert [find_megatron(name) for name in ("texts", "x.bin", "a.txt", "~nobody-of-this-name/x.bin")] == [None] * 4
+    assert open_dataset(configured("x.bin")).documents == len(TEXTS)
+    with pytest.raises(DataError, match=r"^data\.source='~nobody-of-this-name/x\.bin' must be readable: "):
+        open_dataset(configured("~nobody-of-this-name/x.bin"))
+
+
+def test_each_document_is_decoded_alone(tmp_path: Path) -> None:
+    """A text of any length is never one string, and no blank between two documents is a byte of either."""
+    pytest.importorskip("tokenizers")
+    tokenizer, texts = open_tokenizer(str(words(tmp_path / "words", 64))), ["document 1 says word", "", "word word"]
+    row = np.array([token for text in texts for token in (*tokenizer.encode(text.encode()), 64)])
+    assert text_bytes(row, tokenizer) == sum(map(len, texts)) + len(texts)
+    assert text_bytes(row[:-1], tokenizer) == sum(map(len, texts)) + len(texts) - 1
 
 
 def test_tokens_cannot_be_filled_in(prefix: Path) -> None:
