@@ -40,6 +40,7 @@ def open_text(name: str, source: Source, tokenizer: Tokenizer, data: DataConfig,
         except OSError as error:
             raise DataError(f"{source.setting}: its tokens must have room on disk: {error.strerror}") from None
         data_cache.write(key, *found)
+        found = data_cache.read(key) or found  # the spools would hold their disk for as long as the run lasts
     train, validation, known = found
     return Corpus(name, train, validation, known["documents"], known["bytes_per_token"], known["fingerprint"])
 

@@ -1,5 +1,6 @@
 """Tokens are made once, kept, and made again when they are not what they should be."""
 
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,6 +25,17 @@ def test_the_second_time_nothing_is_tokenised(tmp_path: Path, cache: Path) -> No
     assert isinstance(second.train.base, np.memmap) or isinstance(second.train, np.memmap)
     assert (second.train == first.train).all() and (second.validation == first.validation).all()
     assert (second.fingerprint, second.documents) == (first.fingerprint, first.documents)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel what is mapped")
+def test_what_is_read_is_the_cached_file_and_nothing_else_stays_on_disk(tmp_path: Path, cache: Path) -> None:
+    config = configured(corpus(tmp_path / "texts", TEXTS))
+    data = opened(config)
+    (stored,) = cache.iterdir()
+    mapped = [
+        line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if str(cache) in line
+    ]
+    assert len(data.train) and set(mapped) == {str(stored)}
 
 
 @pytest.mark.parametrize("change", ["content", "fraction", "new file"])
