@@ -137,6 +137,12 @@ class DataConfig:
     fill_in_middle: float = 0.0
     """Share of the documents that are shown as prefix, suffix, middle; DeepSeek-V3 has 0.1."""
 
+    def named(self) -> list[tuple[str, SourceConfig]]:
+        """Every source, however many there are, and the key that names it."""
+        if not self.sources:
+            return [("data.source", SourceConfig(self.source))]
+        return [(f"data.sources[{at}].source", part) for at, part in enumerate(self.sources)]
+
     def __post_init__(self) -> None:
         check(self.source.strip() != "", "data.source", self.source, "must be 'stdlib', a path or a glob")
         check(self.tokenizer.strip() != "", "data.tokenizer", self.tokenizer, "must be 'bytes' or a folder")

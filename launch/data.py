@@ -141,11 +141,10 @@ def open_dataset(config: Config) -> Dataset:
     except TokenizerError as error:
         raise DataError(f"data.tokenizer={show(data.tokenizer)}: {error}") from None
     _check_tokenizer(config, tokenizer)
-    names = [part.source for part in data.sources] or [data.source]
-    keys = [f"data.sources[{at}].source" for at in range(len(data.sources))] or ["data.source"]
+    parts = data.named()
     return Dataset(
-        corpora=tuple(_open(config, tokenizer, name, key) for name, key in zip(names, keys, strict=True)),
-        weights=tuple(part.weight for part in data.sources) or (1.0,),
+        corpora=tuple(_open(config, tokenizer, part.source, key) for key, part in parts),
+        weights=tuple(part.weight for _, part in parts),
         sequence_length=train.sequence_length,
         global_batch_size=train.global_batch_size,
         seed=train.seed,

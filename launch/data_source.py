@@ -15,7 +15,7 @@ from typing import Any
 from launch.config_file import brief, show
 
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
-_KINDS = ".txt, .jsonl or .parquet"
+_KINDS = f"{', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}"
 # Third-party packages differ between machines, and test suites are half of the library's text.
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 _BATCH_ROWS = 256

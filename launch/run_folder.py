@@ -14,7 +14,7 @@ import fcntl
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from launch.config import Config, ConfigError, dump, load, show
 from launch.metrics import EventLog
@@ -106,7 +106,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / "lock").open("a+")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            data = {**_named(config), "fingerprint": fingerprint}
+            data = {"sources": [asdict(part) for _, part in config.data.named()], "fingerprint": fingerprint}
             write_whole(self.data_file, json.dumps(data) + "\n")
             write_whole(self.config_file, dump(config))
         except OSError as error:
@@ -116,15 +116,10 @@ class RunFolder:
         return lock
 
 
-def _named(config: Config) -> dict[str, Any]:
-    """The data as the configuration names them."""
-    if config.data.sources:
-        return {"sources": [asdict(part) for part in config.data.sources]}
-    return {"source": config.data.source}
-
-
 def _setting(config: Config) -> str:
     """The beginning of a message about the data's content."""
-    if config.data.sources:
+    parts = config.data.named()
+    if len(parts) > 1:
         return "data.sources hold, or mix in other shares,"
-    return f"data.source={show(config.data.source)} holds"
+    ((key, part),) = parts
+    return f"{key}={show(part.source)} holds"
