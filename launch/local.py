@@ -43,8 +43,6 @@ from launch.stop import ONE_REQUEST_SECONDS, heeded, say_not_begun
 GRACE_SECONDS = 5.0
 """How long ranks may live after the first that ended; those that wait to name a lost peer take 2."""
 POLL_SECONDS = 0.05
-STOP_SECONDS = 120
-"""How long stopped ranks may take to finish their step and write a checkpoint before they are killed."""
 
 
 def start(config: Config, arguments: argparse.Namespace) -> int:
@@ -197,7 +195,7 @@ def _attempt(config: Config, arguments: argparse.Namespace, launcher: Launcher, 
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         start_method="forkserver",
-        shutdown_timeout=STOP_SECONDS,
+        shutdown_timeout=config.recovery.grace_seconds,
         signals_to_handle="SIGQUIT",
         logs_specs=DefaultLogsSpecs(log_dir=node.scratch),
     )

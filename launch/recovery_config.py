@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from launch.config_file import check, check_count
 
+DAY_SECONDS = 24 * 3600
+
 
 @dataclass(frozen=True)
 class RecoveryConfig:
@@ -25,6 +27,12 @@ class RecoveryConfig:
     """A step in which no rank comes further for so many median steps, and at least a second, hangs: the rank that is
     to blame is named and killed, as if it had died. 0 leaves hangs to train.timeout_seconds; otherwise at least 2, and
     Linux and the launcher of ``dualpipe train``: under torchrun nobody watches."""
+    slow_factor: float = 0.0
+    """Times as long as it should that a rank computes, over some steps, to be reported as slow (launch/slow.py); nobody
+    is stopped for it. 0 reports nobody; otherwise above 1, such as 1.5."""
+    grace_seconds: int = 120
+    """Seconds from SIGTERM, SIGINT or SIGHUP to ``dualpipe train`` in which the ranks may finish their step, write a
+    checkpoint and leave; who is left then is killed. Under torchrun, its own --shutdown-timeout decides."""
 
     def __post_init__(self) -> None:
         for key in ("max_restarts", "replicate_every", "max_bad_steps", "hash_every"):
@@ -32,6 +40,9 @@ class RecoveryConfig:
         check(self.spike_factor >= 0, "recovery.spike_factor", self.spike_factor, "must not be negative")
         sane = self.hang_factor == 0 or 2 <= self.hang_factor <= 1e6
         check(sane, "recovery.hang_factor", self.hang_factor, "must be 0, or from 2 to 1000000")
+        sane = self.slow_factor == 0 or 1 < self.slow_factor <= 1e6
+        check(sane, "recovery.slow_factor", self.slow_factor, "must be 0, or above 1 and at most 1000000")
+        check_count("recovery.grace_seconds", self.grace_seconds, least=1, limit=DAY_SECONDS)
         needless = self.replicate_every > 0 and self.max_restarts == 0
         rule = "needs recovery.max_restarts of at least 1: nobody else gives ranks what memory kept"
         check(not needless, "recovery.replicate_every", self.replicate_every, rule)

@@ -1,6 +1,7 @@
 """A step as ``metrics.jsonl`` has it, and a run as ``dualpipe train --json`` prints it."""
 
 import resource
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ def step_entry(
 ) -> dict[str, Any]:
     """A line of ``metrics.jsonl``. ``first_sequence``: where its batch begins in the data. ``tokens``: of this step;
     ``tokens_total``: up to its end, skipped ones too. Dispatch: bytes of all ranks; seconds of the mean rank in which
-    its computation waited for them (exposed), and in which they were under way beside it (hidden). Loads are by layer,
-    the busiest expert over the mean; memory is rank 0's peak."""
+    its computation waited for them (exposed), and in which they were under way beside it (hidden). Compute: the seconds
+    before the update in which the median rank waited for nobody, and those of the rank that took longest. Loads are by
+    layer, the busiest expert over the mean; memory is rank 0's peak."""
     unit_bytes = 1 if sys.platform == "darwin" else 1024
     tokens = values.global_batch_size * sequence_length
     memory = {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes}
@@ -45,6 +47,11 @@ def step_entry(
         "tokens_total": progress.sequences * sequence_length,
         "step_seconds": seconds,
         "tokens_per_second": tokens / seconds,
+        "compute": {
+            "median_seconds": statistics.median(result.compute_seconds),
+            "longest_seconds": max(result.compute_seconds),
+            "longest_rank": result.compute_seconds.index(max(result.compute_seconds)),
+        },
         "dispatch": {
             "inside_node_bytes": result.traffic.inside_bytes,
             "between_nodes_bytes": result.traffic.between_bytes,

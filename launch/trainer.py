@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,6 +27,7 @@ from launch.metrics import LiveView, MetricsLog, print_summary
 from launch.rank import Place, store_of_the_job, together
 from launch.resume import Resume, open_memory
 from launch.run_folder import RunFolder
+from launch.slow import SlowRanks
 from launch.step_entry import step_entry, summary
 from launch.stop import StopRequest
 from launch.trace import Recorder
@@ -35,7 +36,7 @@ from parallel.checkpoint import CheckpointError, Progress
 from parallel.saver import Saver
 from parallel.stage import PADDING
 from parallel.step_end import Refusal
-from parallel.worker import StepResult, Worker
+from parallel.worker import StepResult, Worker, alike
 
 ROLLBACKS = 3
 """Times that a run goes back without getting further, at most."""
@@ -97,6 +98,9 @@ class Trainer:
                 self._expect_faults(drill)
             self._go_on()
             self._know_history()
+            layout, program = config.layout, self.worker.program
+            peers = [alike(layout, program, rank) for rank in range(layout.world_size)]
+            self.slow = SlowRanks(config.recovery.slow_factor, peers)
             keep, asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
             self.saver = Saver(self.folder.checkpoints, self.worker, keep, asynchronous)
             self.worker.end.readers.append(self.saver.copied)
@@ -246,6 +250,7 @@ class Trainer:
             self._refuse(result.refusal, result, position)
             return None, result.stop
         self.bad_steps = 0
+        self._report_slow(result.compute_seconds)
         self.spikes.add(result.cross_entropy)
         self.progress = Progress(self.progress.step + 1, position + sequences)
         if self.recorder is not None:
@@ -256,6 +261,14 @@ class Trainer:
         if len(self.data.corpora) > 1:
             entry["source_tokens"] = self.data.source_tokens(self.progress.sequences)
         return entry, result.stop
+
+    def _report_slow(self, seconds: Sequence[float]) -> None:
+        """``seconds``: how long each rank computed in this step."""
+        for change in self.slow.add(seconds) if self.leads else ():
+            name = "slow rank" if change.slow else "rank no longer slow"
+            step, own = self.progress.step + 1, round(change.seconds, 6)
+            self.folder.events.write(name, rank=change.rank, step=step, times=round(change.times, 2), seconds=own)
+            print(f"step {step}: {change}", file=sys.stderr, flush=True)
 
     def _read(self, first: int, count: int) -> Tensor:
         """Sequences of the stream. Other ranks read others, and do not know when these are unusable: so this rank fails

@@ -50,7 +50,7 @@ class StepSums:
     """What all ranks know after STEP. ``cross_entropy``, ``balance`` and ``mtp`` are sums over the step, as in
     ``model.transformer.Loss``; ``expert_load``: the busiest expert's load over the mean, by MoE layer; ``traffic``:
     bytes of all ranks; ``times``: the mean rank's; ``stop``: some rank asked to stop; ``flips``: how many were
-    found, each by all that compared it.
+    found, each by all that compared it; ``compute_seconds``: how long each rank computed up to STEP, by rank.
     """
 
     cross_entropy: float
@@ -62,6 +62,7 @@ class StepSums:
     times: Times
     stop: bool
     flips: int
+    compute_seconds: tuple[float, ...]
 
 
 class ShardOptimizer(Protocol):
@@ -121,6 +122,7 @@ class StepEnd:
         self._learning_rate, self._bias_update_speed, self._stop = learning_rate, bias_update_speed, stop
         self.traffic.clear()
         self.stream.clear()
+        self.activity.compute_time.begin()
         self._unreduced, self._ungathered = set(self.held), set(self.held)
         for bucket in self.optimizer.buckets:
             bucket.gradients.zero_()
@@ -140,6 +142,7 @@ class StepEnd:
                 self.ends.reduce()
 
     def step(self) -> None:
+        computed_s = self.activity.compute_time.seconds()
         for bucket in self.optimizer.buckets:
             with self.activity.waiting("gradient reduction", bucket.peers):
                 bucket.reduced()
@@ -151,7 +154,7 @@ class StepEnd:
             finish_reading()
         found = flips.find(self.optimizer.buckets, self.activity) if self._compare else []
         with self.activity.waiting("sums of the step", self.activity.ranks):
-            self.sums = self._sums(len(found))
+            self.sums = self._sums(len(found), computed_s)
         self.refusal = self._refusal(found)
         if self.refusal is None:
             self.optimizer.update(self._learning_rate, clip_scale(self.sums.grad_norm, self.clip_norm))
@@ -195,11 +198,14 @@ class StepEnd:
                 if block.router is not None:
                     block.router.update_bias(loads[layer], self._bias_update_speed)
 
-    def _sums(self, flips: int) -> StepSums:
-        """One all-reduce for everything that the ranks must agree on. In FP64: with some thousand ranks the order of
-        an FP32 sum would show in the reported loss."""
+    def _sums(self, flips: int, computed_s: float) -> StepSums:
+        """One all-reduce for everything that the ranks must know or agree on. In FP64: with some thousand ranks the
+        order of an FP32 sum would show in the reported loss."""
         stages = [held.stage for held in self.held.values()]
-        vector = torch.zeros(10 + self.layers, dtype=torch.float64, device=stages[0].device)
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        loads, computed = 10, 10 + self.layers  # where these begin
+        vector = torch.zeros(computed + ranks, dtype=torch.float64, device=stages[0].device)
+        vector[computed + rank] = computed_s
         for bucket in self.optimizer.buckets:
             vector[0] += squared_norm(bucket.gradient)
         for held in self.held.values():
@@ -208,20 +214,28 @@ class StepEnd:
             vector[3] += held.stage.mtp
             if held.counts:
                 for layer, load_E in held.loads().items():
-                    vector[10 + layer] = load_E.max() / load_E.double().mean()
+                    vector[loads + layer] = load_E.max() / load_E.double().mean()
         own, times = self.traffic, self.stream.times()
         vector[4:7] = vector.new_tensor([self._stop, own.inside_bytes, own.between_bytes])
         vector[7:10] = vector.new_tensor([times.communication_s, times.exposed_s, flips])
-        ranks = 1
         if dist.is_initialized():
             dist.all_reduce(vector)
-            ranks = dist.get_world_size()
-        squares, cross_entropy, balance, mtp, stop, inside, between, flying_s, exposed_s, flipped, *loads = (
-            vector.tolist()
-        )
-        by_layer = {layer: load for layer, load in enumerate(loads) if load > 0}
+        numbers = vector.tolist()
+        squares, cross_entropy, balance, mtp, stop, inside, between, flying_s, exposed_s, flipped = numbers[:loads]
+        by_layer = {layer: load for layer, load in enumerate(numbers[loads:computed]) if load > 0}
         traffic, times = Traffic(int(inside), int(between)), Times(flying_s / ranks, exposed_s / ranks)
-        return StepSums(cross_entropy, balance, mtp, squares**0.5, by_layer, traffic, times, stop > 0, int(flipped))
+        return StepSums(
+            cross_entropy,
+            balance,
+            mtp,
+            squares**0.5,
+            by_layer,
+            traffic,
+            times,
+            stop > 0,
+            int(flipped),
+            tuple(numbers[computed:]),
+        )
 
 
 def squared_norm(gradient: Tensor) -> Tensor:

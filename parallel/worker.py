@@ -26,6 +26,7 @@ from model.transformer import Transformer, expert_parameters, initialise
 from parallel.activity import Activity, collective_timeout
 from parallel.bucket import Bucket
 from parallel.comm_stream import Times, comm_stream
+from parallel.compute_time import compute_time
 from parallel.deepspeed_backend import DeepSpeedAdamW
 from parallel.ema import Average
 from parallel.exchange import GroupExchange
@@ -81,9 +82,9 @@ class StepResult:
     """One training step. ``loss`` is the mean over target tokens of the cross-entropy (nats) plus the weighted balance
     loss; ``mtp_loss``, which is no part of it, the same mean of the multi-token-prediction module's cross-entropy, None
     without one; ``expert_load``: busiest over mean, by MoE layer; ``traffic`` and ``times``: of all dispatches and
-    combines, bytes summed over the ranks, seconds of the mean rank; ``peak_activations`` are this rank's own, and so
-    are ``spans``, what it executed and when, if that was recorded. ``refusal``: why the step was not taken, None
-    when it was."""
+    combines, bytes summed over the ranks, seconds of the mean rank; ``compute_seconds``: how long each rank computed
+    before the update, by rank; ``peak_activations`` are this rank's own, and so are ``spans``, what it executed and
+    when, if that was recorded. ``refusal``: why the step was not taken, None when it was."""
 
     loss: float
     cross_entropy: float
@@ -93,6 +94,7 @@ class StepResult:
     expert_load: dict[int, float]
     traffic: Traffic
     times: Times
+    compute_seconds: tuple[float, ...]
     stop: bool
     peak_activations: int
     spans: Sequence[Span]
@@ -114,7 +116,9 @@ class Worker:
         self.program = _program(job, job.microbatches)
         self._ramp: Program | None = None
         self.products = None if job.fp8 is None else choose(job.fp8, job.device)
-        self.activity = Activity(rank, range(layout.world_size), store, job.timeout_seconds, _describe)
+        self.activity = Activity(
+            rank, range(layout.world_size), store, job.timeout_seconds, _describe, compute_time(job.device)
+        )
         self.traffic, self.stream = Traffic(), comm_stream(job.device)
         timeout = collective_timeout(job.timeout_seconds)
         modules = job.model.num_nextn_predict_layers
@@ -195,6 +199,7 @@ class Worker:
             sums.expert_load,
             sums.traffic,
             sums.times,
+            sums.compute_seconds,
             sums.stop,
             report.peak_activations,
             report.spans,
@@ -334,6 +339,14 @@ class Worker:
         chunks = 1 if len(hops) == 1 else chunks_of(self.job)
         fp8 = self.job.fp8_payload
         return GroupExchange(group, experts, hops, self.traffic, self.stream, fp8, chunks, self.activity)
+
+
+def alike(layout: Layout, program: Program, rank: int) -> list[int]:
+    """The other ranks that hold the same stages as ``rank``, and so compute as much."""
+    held = [sorted(program.stages_of(position)) for position in range(layout.pipeline)]
+    own = held[layout.pipeline_index(rank)]
+    same = [position for position, stages in enumerate(held) if stages == own]
+    return [other for other in layout.dense_replicas(same) if other != rank]
 
 
 def _describe(what: object) -> str:
