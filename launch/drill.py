@@ -3,6 +3,8 @@
 import argparse
 import difflib
 import json
+import re
+import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,9 +16,11 @@ from launch.config import Config, load
 from launch.drills import drive
 from launch.drills.fault import Plan
 from launch.drills.scenarios import SCENARIOS, Again, Scenario
-from launch.drills.verdict import Verdict, ending, judge
+from launch.drills.soak import Soaked, soak
+from launch.drills.verdict import Ending, Verdict, ending, judge
 
 FAILED = 1
+FEWEST_SOAK_SECONDS = 60
 DEFAULT = Path(__file__).parents[1] / "configs" / "tiny-cpu.yaml"
 SHRUNK = (
     "layout.pipeline=2",
@@ -41,19 +45,21 @@ examples:
   dualpipe drill kill-backward bit-flip   two of them
   dualpipe drill --config my.yaml         on your own model and layout, for 8 steps, in a folder that is removed
   dualpipe drill --control bit-flip       without the protection: it has to fail
+  dualpipe drill --soak 20m               configs/tiny-cpu.yaml for so long, with a random fault every 20 to 40 seconds,
+                                          and as many steps again without
 
 Exit status: 0 when all scenarios passed, 1 when one did not, 2 for bad input."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    verdicts: list[Verdict] = []
+    passed: list[bool] = []
     try:
         stop.end_at_once()
-        status = reported(lambda: verdicts.extend(_drill(_parser().parse_args(argv))))
+        status = reported(lambda: passed.extend(_drill(_parser().parse_args(argv))))
     except stop.Stopped as stopped:
         print("stopped; everything that was started is ended and removed", file=sys.stderr)
         return 128 + stopped.number
-    return status or (0 if all(verdict.passed for verdict in verdicts) else FAILED)
+    return status or (0 if all(passed) else FAILED)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,11 +77,48 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="without restarts, checksums, memory and watch: every verdict must fail",
     )
+    parser.add_argument("--soak", metavar="TIME", help="no scenario, but random faults for so long: 90s, 20m, 2h")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults of --soak")
     parser.add_argument("--json", action="store_true", help="print one list of objects instead of the table")
     return parser
 
 
-def _drill(arguments: argparse.Namespace) -> list[Verdict]:
+def _drill(arguments: argparse.Namespace) -> list[bool]:
+    """Whether each passed."""
+    return _soak(arguments) if arguments.soak else _drill_scenarios(arguments)
+
+
+def _soak(arguments: argparse.Namespace) -> list[bool]:
+    given = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", arguments.soak)
+    seconds = float(given[1]) * {"s": 1, "m": 60, "h": 3600}[given[2]] if given else 0.0
+    if seconds < FEWEST_SOAK_SECONDS:
+        raise UsageError(f"--soak={arguments.soak} must be a time such as 90s, 20m or 2h, of a minute at least")
+    if arguments.scenarios or arguments.control:
+        raise UsageError("--soak takes no SCENARIO and no --control")
+    config = load(arguments.config or DEFAULT)
+    with tempfile.TemporaryDirectory(prefix="dualpipe-drill-") as folder:
+        soaked = soak(config, Path(folder), seconds, arguments.seed)
+    if arguments.json:
+        print(json.dumps(soaked.as_dict()))
+    else:
+        print(_told(soaked))
+    return [not soaked.problems]
+
+
+def _told(soaked: Soaked) -> str:
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in soaked.faults.most_common())
+    forward = statistics.median(soaked.forward_s) if soaked.forward_s else 0.0
+    lines = [
+        f"{soaked.steps} steps in {soaked.seconds / 60:.1f} min, {soaked.faults.total()} faults: {kinds}",
+        f"from a fault to the first forward {forward:.2f} s (median); at most {soaked.lost_steps} steps lost",
+        f"effective training time {soaked.effective:.1%}; bits {'equal' if soaked.bitwise_equal else 'differ'}",
+        *(f"    {problem}" for problem in soaked.problems),
+        "FAILED" if soaked.problems else "passed",
+    ]
+    return "\n".join(lines)
+
+
+def _drill_scenarios(arguments: argparse.Namespace) -> list[bool]:
     chosen = [scenario for scenario in _chosen(arguments.scenarios) if not arguments.control or _has_control(scenario)]
     if arguments.list:
         _list(chosen, arguments.json)
@@ -85,12 +128,15 @@ def _drill(arguments: argparse.Namespace) -> list[Verdict]:
             raise UsageError(f"--control: scenario {name} has no protection that can be switched off")
     config = load(DEFAULT, SHRUNK) if arguments.config is None else load(arguments.config)
     for scenario in chosen:
+        ranks, fewest = config.layout.world_size, scenario.fewest_ranks
+        if ranks < fewest:
+            raise UsageError(f"scenario {scenario.name} means nothing on {ranks} rank: it needs {fewest} at least")
         Plan(Path(drive.PLAN_FILE), scenario.faults).check(drive.drilled(config, Path("run"), scenario))
     with tempfile.TemporaryDirectory(prefix="dualpipe-drill-") as folder:
         verdicts = _run(chosen, config, Path(folder), arguments)
     if arguments.json:
         print(json.dumps([verdict.as_dict() for verdict in verdicts]))
-    return verdicts
+    return [verdict.passed for verdict in verdicts]
 
 
 def _chosen(names: Sequence[str]) -> list[Scenario]:
@@ -123,48 +169,52 @@ def _run(scenarios: Sequence[Scenario], config: Config, folder: Path, arguments:
         raise UsageError(f"the run fails without any fault, with status {attempt.status}: {said}")
     if not arguments.json:
         print(f"undisturbed: {len(standard.steps)} steps in {seconds:.1f} s, state {standard.state[:16]}\n\n{_HEAD}")
-    verdicts, planned = [], None
+    verdicts: list[Verdict] = []
+    planned: dict[int, Ending] = {}
     for scenario in scenarios:
         limit = SLOWEST * seconds + 60
         evidence = drive.disturbed(scenario, config, folder / scenario.name, arguments.control, limit)
-        if scenario.skips and planned is None:
+        wanted = standard
+        if scenario.skips:
             bad = drive.batch_of(drive.drilled(config, folder), scenario.faults[0].step)
-            planned = ending(drive.undisturbed(config, folder / "planned", [bad]).folder)
-        verdicts.append(judge(scenario, evidence, planned if scenario.skips and planned is not None else standard))
+            if bad not in planned:
+                planned[bad] = ending(drive.undisturbed(config, folder / f"planned-{bad}", [bad]).folder)
+            wanted = planned[bad]
+        verdicts.append(judge(scenario, evidence, wanted))
         if not arguments.json:
             print(_row(scenario, verdicts[-1]), flush=True)
     return verdicts
 
 
-_WIDTHS = (16, 51, 50, 9, 7, 4, 7, 4)
+_WIDTHS = (16, 55, 50, 9, 9, 7, 4, 7, 4)
 
 
 def _line(*cells: str) -> str:
     return "  ".join(cell.ljust(width) for cell, width in zip(cells[:-1], _WIDTHS, strict=True)) + f"  {cells[-1]}"
 
 
-_HEAD = _line("scenario", "broken", "culprit named", "noticed s", "back s", "lost", "bitwise", "left", "verdict")
+_HEAD = _line(
+    "scenario", "broken", "culprit named", "noticed s", "forward s", "back s", "lost", "bitwise", "left", "verdict"
+)
 
 
 def _row(scenario: Scenario, verdict: Verdict) -> str:
-    """A line of the table, and one for each problem."""
+    """A line of the table, one for a culprit that its column does not hold, and one for each problem."""
+    culprit = verdict.culprit or "-"
+    cut = len(culprit) > _WIDTHS[2]
     row = _line(
         verdict.scenario,
         scenario.broken,
-        _short(verdict.culprit or "-"),
+        f"{culprit[: _WIDTHS[2] - 3]}..." if cut else culprit,
         _number(verdict.detected_s),
+        _number(verdict.forward_s),
         _number(verdict.recovered_s),
         "-" if verdict.lost_steps is None else str(verdict.lost_steps),
         "equal" if verdict.bitwise_equal else "differs",
         str(len(verdict.leftovers)),
         "passed" if verdict.passed else "FAILED",
     )
-    return "\n".join([row, *(f"    {problem}" for problem in verdict.problems)])
-
-
-def _short(culprit: str) -> str:
-    """As much as the column holds; --json has it whole."""
-    return culprit if len(culprit) <= _WIDTHS[2] else f"{culprit[: _WIDTHS[2] - 3]}..."
+    return "\n".join([row, *([f"    named: {culprit}"] if cut else []), *(f"    {p}" for p in verdict.problems)])
 
 
 def _number(seconds: float | None) -> str:

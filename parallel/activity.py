@@ -18,12 +18,14 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 from torch.distributed.distributed_c10d import Store
+
+from parallel.compute_time import ComputeTime, HostComputeTime
 
 BEATS = 20
 """In one timeout, but at least one a second."""
@@ -73,7 +75,8 @@ class Record:
 
 class Activity:
     """This rank's record. Without a ``store`` nobody else knows it, and a failure has no verdict. ``describe`` names
-    what is computed (a slot of the program, say) when the record is published, which is seldom."""
+    what is computed (a slot of the program, say) when the record is published, which is seldom. ``compute_time`` counts
+    the time in which the rank does not wait."""
 
     def __init__(
         self,
@@ -82,7 +85,9 @@ class Activity:
         store: Store | None = None,
         timeout_s: float = 600.0,
         describe: Callable[[Any], str] = str,
+        compute_time: ComputeTime | None = None,
     ) -> None:
+        self.compute_time = HostComputeTime() if compute_time is None else compute_time
         self.rank, self.ranks, self._store = rank, tuple(ranks), store
         self._beat_s = beat_seconds(timeout_s)
         self._computing: Any = "starting"
@@ -119,7 +124,8 @@ class Activity:
         outer, others = self._waiting, tuple(peer for peer in peers if peer != self.rank)
         self._waiting = Record(operation, others, time.monotonic())
         try:
-            yield
+            with self.compute_time.waits() if outer is None else nullcontext():
+                yield
         except LostPeer:
             raise
         except RuntimeError as error:
@@ -203,7 +209,8 @@ def judge(
     before: Mapping[int, Mapping[str, Any]], after: Mapping[int, Mapping[str, Any]], reader: int | None = None
 ) -> Blame | None:
     """Who keeps the others waiting, from two readings of all records, ``SILENT_BEATS`` beats apart; None when everyone
-    lives and waits. ``reader``: the rank that reads, which is no silent one even if it was stopped until now."""
+    lives and waits, and none can be told from the others. ``reader``: the rank that reads, which is no silent one even
+    if it was stopped until now."""
     silent = tuple(rank for rank in after if rank != reader and after[rank]["beat"] == before[rank]["beat"])
     if silent:
         last = after[silent[0]]
@@ -212,11 +219,29 @@ def judge(
         return Blame(silent, f"{names} silent, dead or stopped, last heard of in {seen}")
     computing = [rank for rank in after if after[rank]["operation"] == COMPUTING]
     if not computing:
-        return None
+        return _missed(after)
     slowest = max(computing, key=lambda rank: float(after[rank]["seconds"]))
     last = after[slowest]
     words = f"it has been in {last['computing']} of step {last['step']} for {last['seconds']:.1f} s"
     return Blame((slowest,), f"rank {slowest} did not come: {words}")
+
+
+def _missed(records: Mapping[int, Mapping[str, Any]]) -> Blame | None:
+    """Where everyone waits, the rank that more of the others wait for than for anyone else, in an operation that it is
+    not in: it left that one out, or never comes to it. None where there are several such."""
+    waiting_for: dict[int, list[int]] = {rank: [] for rank in records}
+    for rank, record in records.items():
+        for peer in record["peers"]:
+            if peer in records and records[peer]["operation"] != record["operation"]:
+                waiting_for[peer].append(rank)
+    most = max(len(waiting) for waiting in waiting_for.values())
+    missed = [rank for rank, waiting in waiting_for.items() if len(waiting) == most]
+    if most == 0 or len(missed) > 1:
+        return None
+    own, waiting = records[missed[0]], waiting_for[missed[0]]
+    who = f"{len(waiting)} ranks wait" if len(waiting) > 1 else f"rank {waiting[0]} waits"
+    operation, place = records[waiting[0]]["operation"], f"it is in {own['operation']} of step {own['step']}"
+    return Blame((missed[0],), f"rank {missed[0]} left out what others wait for: {who} in {operation}, and {place}")
 
 
 def _key(rank: int) -> str:

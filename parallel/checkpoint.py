@@ -37,7 +37,7 @@ from parallel.worker import Worker
 
 PREFIX = "step-"
 INDEX = ".metadata"
-_STATE = "state.json"
+STATE = "state.json"
 
 
 class CheckpointError(ValueError):
@@ -126,7 +126,7 @@ def load(path: Path, worker: Worker) -> Progress:
     rng = torch.get_rng_state()
     planner = _LoadPlanner(pieces(worker, rng, loading=True))
     try:
-        progress = Progress(**json.loads((path / _STATE).read_text()))
+        progress = Progress(**json.loads((path / STATE).read_text()))
         _refuse_strangers(path, worker)
         load_distributed({}, checkpoint_id=path, planner=planner, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, ValueError, TypeError) as error:
@@ -184,15 +184,15 @@ def published(folder: Path) -> list[Path]:
 
 def missing(path: Path) -> str | None:
     """What a checkpoint lacks to be complete (a file, or a part of one), or None."""
-    for name in (_STATE, INDEX, MANIFEST):
+    for name in (STATE, INDEX, MANIFEST):
         if not (path / name).is_file():
             return f"{name} is missing"
     try:
-        progress = Progress(**json.loads((path / _STATE).read_text()))
+        progress = Progress(**json.loads((path / STATE).read_text()))
         if not all(type(value) is int and value >= 0 for value in asdict(progress).values()):
             raise ValueError("step and sequences must be counts")
     except (ValueError, TypeError) as error:
-        return f"{_STATE} is damaged ({error})"
+        return f"{STATE} is damaged ({error})"
     try:
         manifest.read(path)
     except ValueError as error:
@@ -215,9 +215,9 @@ def missing(path: Path) -> str | None:
 def seal(folder: Path, progress: Progress, entries: Mapping[str, Entry]) -> None:
     """Put the progress and the manifest, of which ``entries`` are the payload's, beside the payload, and all of it on
     disk."""
-    (folder / _STATE).write_text(json.dumps(asdict(progress)) + "\n")
-    manifest.write(folder, {**entries, **manifest.describe(folder, (_STATE, INDEX))})
-    for file in (folder / INDEX, folder / _STATE, folder / MANIFEST, folder):
+    (folder / STATE).write_text(json.dumps(asdict(progress)) + "\n")
+    manifest.write(folder, {**entries, **manifest.describe(folder, (STATE, INDEX))})
+    for file in (folder / INDEX, folder / STATE, folder / MANIFEST, folder):
         fsync(file)
 
 

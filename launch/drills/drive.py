@@ -12,10 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 
@@ -54,13 +55,15 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a scenario did, and what it left. ``struck``: when each fault, or the interrupt, happened, None if it did
-    not; ``damaged``: the shard that was, if any, as CHECKPOINT/FILE."""
+    """What a scenario did, and what it left. ``struck``: when each fault, and the interrupt if there is one, happened,
+    None if it did not; ``forwards``: when ranks that started began their first forward; ``damaged``: the files that
+    were, if any, as CHECKPOINT/FILE."""
 
     folder: RunFolder
     attempts: list[Attempt]
     struck: list[float | None]
-    damaged: str | None
+    forwards: list[float]
+    damaged: tuple[str, ...]
     leftovers: list[str]
 
 
@@ -77,13 +80,14 @@ def drilled(config: Config, run: Path, scenario: Scenario | None = None, control
             every, replicated = 0, not control
         if scenario.again is Again.LAUNCHER and (scenario.replicated or not control):
             restarts = len(scenario.faults)
-    watch = {key: getattr(guard, key) for key in ("max_bad_steps", "spike_factor", "hash_every", "hang_factor")}
+        if scenario.restarts is not None:
+            restarts = scenario.restarts
     return replace(
         config,
         train=replace(config.train, steps=STEPS, validate_every=0),
         data=replace(config.data, validation_sequences=0),
         checkpoint=replace(config.checkpoint, every=every, keep=STEPS // EVERY, asynchronous=asynchronous),
-        recovery=replace(config.recovery, max_restarts=restarts, replicate_every=int(replicated), **watch),
+        recovery=replace(guard, max_restarts=restarts, replicate_every=int(replicated)),
         run=replace(config.run, dir=str(run), trace=False),
     )
 
@@ -103,7 +107,7 @@ def undisturbed(config: Config, folder: Path, without: Sequence[int] = ()) -> Ev
     config = replace(config, data=replace(config.data, skip_batches=(*config.data.skip_batches, *without)))
     with Drive(drilled(config, folder / "run"), Plan(folder / PLAN_FILE)) as drive:
         attempt = drive.start()
-        return Evidence(drive.run, [attempt], [], None, drive.leftovers())
+        return Evidence(drive.run, [attempt], [], drive.forwards(), (), drive.leftovers())
 
 
 def disturbed(scenario: Scenario, config: Config, folder: Path, control: bool, limit_seconds: float) -> Evidence:
@@ -111,15 +115,18 @@ def disturbed(scenario: Scenario, config: Config, folder: Path, control: bool, l
     ``limit_seconds``. Raises ConfigError for faults that would never happen to this configuration."""
     plan = Plan(folder / PLAN_FILE, scenario.faults, verify_checkpoints=not control)
     with Drive(drilled(config, folder / "run", scenario, control), plan, limit_seconds) as drive:
-        attempts, damaged = [drive.start(scenario.interrupt)], None
+        attempts = [drive.start(scenario.interrupt)]
+        damaged: tuple[str, ...] = ()
         # A launcher that was killed cannot remove its temporary files; its processes have to be gone all the same.
         leftovers = drive.leftovers(files_too=scenario.interrupt is not signal.SIGKILL)
         if scenario.again is Again.USER and attempts[0].status == scenario.status:
             if scenario.damage is not None:
                 damaged = drive.damage(scenario.damage)
+            drive.make_writable()
             attempts.append(drive.start())
             leftovers += drive.leftovers()
-        return Evidence(drive.run, attempts, drive.struck(), damaged, leftovers)
+        struck = drive.struck() + ([drive.interrupted] if scenario.interrupt else [])
+        return Evidence(drive.run, attempts, struck, drive.forwards(), damaged, leftovers)
 
 
 class Drive:
@@ -134,7 +141,8 @@ class Drive:
         plan.check(config)
         self.plan, self.limit_seconds, self.run = plan, limit_seconds, RunFolder(config)
         self.config_file, self.output, self.temporary = folder / "config.yaml", folder / "output.txt", folder / "tmp"
-        self._interrupted: float | None = None
+        self.interrupted: float | None = None
+        """When the launcher was sent a signal, in seconds of ``time.time``."""
         self.temporary.mkdir(parents=True)
         plan.write()
         self.config_file.write_text(dump(config))
@@ -147,10 +155,17 @@ class Drive:
     ) -> None:
         while processes := self._processes():  # one of them may have been about to fork another
             _kill(processes)
+        self.make_writable()
 
-    def start(self, interrupt: signal.Signals | None = None) -> Attempt:
-        """Train until the command ends, or until ``limit_seconds`` are over; ``interrupt`` it in the middle."""
-        resumed, began = len(self._resumes()), time.time()
+    def start(
+        self,
+        interrupt: signal.Signals | None = None,
+        is_due: Callable[[int], bool] = lambda steps: steps >= INTERRUPT_AFTER,
+        poll_seconds: float = _POLL_SECONDS,
+    ) -> Attempt:
+        """Train until the command ends, or until ``limit_seconds`` are over; ``interrupt`` it once that ``is_due``: it
+        is asked with the steps done, every ``poll_seconds``."""
+        resumed, before, began = len(self._resumes()), self._last_entry(), time.time()
         environment = {**os.environ, PLAN: str(self.plan.file), "TMPDIR": str(self.temporary)}
         words = [sys.executable, "-m", "launch.cli", "train", str(self.config_file), "--json"]
         with self.output.open("w") as output:
@@ -165,29 +180,38 @@ class Drive:
             )
         stepped = None
         while process.poll() is None and time.time() - began < self.limit_seconds:
-            steps = self.steps()
-            if stepped is None and len(self._resumes()) > resumed and steps > self._resumes()[-1]:
-                stepped = time.time()
-            if interrupt is not None and self._interrupted is None and steps >= INTERRUPT_AFTER:
-                self._interrupted = time.time()
+            entry = self._last_entry()
+            # What is taken again has its old place in the metrics for a moment.
+            if stepped is None and entry != before and len(self._resumes()) > resumed:
+                stepped = time.time() if _step(entry) > self._resumes()[-1] else None
+            if interrupt is not None and self.interrupted is None and is_due(_step(entry)):
+                self.interrupted = time.time()
                 process.send_signal(interrupt)
-            time.sleep(_POLL_SECONDS)
+            time.sleep(poll_seconds)
         return Attempt(began, time.time(), stepped, process.poll(), self.steps(), self.output.read_text())
 
-    def damage(self, damage: Damage) -> str:
-        """Damage the newest checkpoint -> CHECKPOINT/FILE of the shard."""
+    def damage(self, damage: Damage) -> tuple[str, ...]:
+        """Damage the newest checkpoint -> CHECKPOINT/FILE of what is damaged."""
         *_, older, newest = published(self.run.checkpoints)
-        return f"{newest.name}/{damages.apply(damage, newest, older)}"
+        return tuple(f"{newest.name}/{name}" for name in damages.apply(damage, newest, older))
+
+    def make_writable(self) -> None:
+        """Undo what a fault did to the permissions of the run's folder, as its user would."""
+        if self.run.checkpoints.is_dir():
+            self.run.checkpoints.chmod(0o755)
 
     def steps(self) -> int:
         """The last step in the run's metrics, 0 for none."""
-        entries = read_jsonl(self.run.metrics_file)
-        return int(entries[-1]["step"]) if entries else 0
+        return _step(self._last_entry())
 
     def struck(self) -> list[float | None]:
-        """When each fault, or the interrupt, happened, in seconds of ``time.time``; None if it did not."""
+        """When each fault happened, in seconds of ``time.time``; None if it did not."""
         marks = [self.plan.mark(fault) for fault in self.plan.faults]
-        return [float(file.read_text()) if file.exists() else None for file in marks] or [self._interrupted]
+        return [float(file.read_text()) if file.exists() else None for file in marks]
+
+    def forwards(self) -> list[float]:
+        """When each rank that was started began its first forward, in seconds of ``time.time``."""
+        return [float(line) for line in self.plan.forwards.read_text().split()] if self.plan.forwards.exists() else []
 
     def leftovers(self, files_too: bool = True) -> list[str]:
         """What a start left: processes, which are killed, and temporary files, which are removed."""
@@ -199,6 +223,10 @@ class Drive:
         for path in files:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         return [f"process {process.pid}" for process in processes] + [path.name for path in files if files_too]
+
+    def _last_entry(self) -> dict[str, Any] | None:
+        entries = read_jsonl(self.run.metrics_file)
+        return entries[-1] if entries else None
 
     def _processes(self) -> list[psutil.Process]:
         """All living processes of the run."""
@@ -212,6 +240,10 @@ class Drive:
     def _resumes(self) -> list[int]:
         """The steps of the checkpoints that were resumed from, in order."""
         return [entry["step"] for entry in self.run.events.entries() if entry.get("event") == "resume"]
+
+
+def _step(entry: dict[str, Any] | None) -> int:
+    return 0 if entry is None else int(entry["step"])
 
 
 def _kill(processes: Sequence[psutil.Process]) -> None:

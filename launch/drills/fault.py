@@ -27,10 +27,16 @@ class Point(enum.Enum):
     """Before the gradients of the rank's first stage are summed over its copies."""
     OPTIMIZER = "optimizer"
     """After the rank's masters were updated, before the new parameters are gathered."""
+    DISPATCH = "dispatch"
+    """While tokens are on their way to their experts."""
+    GATHER = "gather"
+    """Before the parameters of the rank's first bucket are gathered from its copies, after the step."""
     SHARD = "shard"
     """In the save after the step, when the rank opens the file of its shard."""
     PUBLISH = "publish"
     """In that save, when all is written and rank 0 is about to give the checkpoint its name."""
+    LOAD = "load"
+    """When ranks that were started again open a shard of the checkpoint of the step, to go on from it."""
 
 
 class Action(enum.Enum):
@@ -52,6 +58,14 @@ class Action(enum.Enum):
     """It never comes back from what it computes."""
     FULL_DISK = "File too large"
     """From here on no file that the rank writes may grow beyond a few bytes: the kernel's limit for the process."""
+    READ_ONLY = "Permission denied"
+    """From here on the folder of the checkpoints takes no new name, not from root either."""
+    SLOW = "slow"
+    """From here on the rank computes ``Fault.times`` as long."""
+    ASK = "asked to stop"
+    """The rank is asked to stop, by SIGTERM: all stop after the next step."""
+    SKIP = "left out"
+    """The rank does not take part in what all ranks with a copy of a stage do together, and goes on."""
 
     @property
     def shows_as(self) -> str:
@@ -60,16 +74,18 @@ class Action(enum.Enum):
 
 
 SAVING = (Point.SHARD, Point.PUBLISH)
+OF_A_CHECKPOINT = (*SAVING, Point.LOAD)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """``rank`` below 0 counts from the last one, as indices do; ``step`` counts from 1."""
+    """``rank`` below 0 counts from the last one, as indices do; ``step`` counts from 1. ``times``: for SLOW only."""
 
     action: Action
     rank: int
     step: int
     point: Point
+    times: float = 1.0
 
     def happens_to(self, rank: int, world_size: int) -> bool:
         return rank == (self.rank if self.rank >= 0 else world_size + self.rank)
@@ -93,6 +109,11 @@ class Plan:
         """The file that says when a fault happened, in seconds of ``time.time``; each happens once."""
         return self.file.with_name(f"{self.file.name}.happened-{self.faults.index(fault)}")
 
+    @property
+    def forwards(self) -> Path:
+        """The file in which every rank that starts says when its first forward began, a line each."""
+        return self.file.with_name(f"{self.file.name}.forwards")
+
     def check(self, config: Config) -> None:
         """Refuse a fault that would never happen to the run. Raises ConfigError."""
         ranks, steps, every = config.layout.world_size, config.train.steps, config.checkpoint.every
@@ -103,15 +124,24 @@ class Plan:
             if not 1 <= fault.step <= steps:
                 raise ConfigError(f"the fault {what} would never happen: train.steps={steps}")
             saves = fault.step == steps or (every > 0 and fault.step % every == 0)
-            if fault.point in SAVING and not saves:
+            if fault.point in OF_A_CHECKPOINT and not saves:
                 raise ConfigError(f"the fault {what} would never happen: checkpoint.every={every}")
             if fault.point is Point.PUBLISH and not fault.happens_to(0, ranks):
                 raise ConfigError(f"the fault {what} would never happen: rank 0 publishes")
-        struck = {fault.rank % ranks for fault in self.faults}
-        if len(struck) < len(self.faults):
-            raise ConfigError(
-                f"{len(self.faults)} faults must strike as many ranks; they strike {len(struck)} of {ranks}"
-            )
+            if fault.point is Point.LOAD and all(other.point is Point.LOAD for other in self.faults):
+                raise ConfigError(f"the fault {what} would never happen: nothing before it ends a rank")
+            if (fault.action is Action.SKIP) != (fault.point is Point.GATHER):
+                raise ConfigError(f"the fault {what} would never happen: what is left out is a gather, and only that")
+        self._check_ranks(ranks)
+
+    def _check_ranks(self, ranks: int) -> None:
+        """Refuse two faults of one rank at once: the first would have ended it. Raises ConfigError."""
+        for step in {fault.step for fault in self.faults}:
+            at_once = [fault.rank % ranks for fault in self.faults if fault.step == step]
+            if len(set(at_once)) < len(at_once):
+                raise ConfigError(
+                    f"{len(at_once)} faults must strike as many ranks; they strike {len(set(at_once))} of {ranks}"
+                )
 
 
 def read(file: Path, run: Path) -> Plan:
@@ -129,4 +159,5 @@ def read(file: Path, run: Path) -> Plan:
 
 
 def _fault(values: Mapping[str, Any]) -> Fault:
-    return Fault(Action[values["action"]], int(values["rank"]), int(values["step"]), Point[values["point"]])
+    place = int(values["rank"]), int(values["step"]), Point[values["point"]]
+    return Fault(Action[values["action"]], *place, float(values["times"]))

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,33 @@ import torch
 
 from launch.config import Config
 from launch.drills.fault import Action, Fault, Plan, Point
+from launch.run_folder import RunFolder
 from parallel import checkpoint
 from parallel.replica import Replica
 from parallel.worker import Worker
 
 FULL_DISK_BYTES = 64
 SPIKE_NATS = 1e5
-_PARTIAL = re.compile(r"\.step-(\d+)\.partial")
 _COMPUTING = {
     Point.FORWARD: ("forward", "overlapped"),
     Point.BACKWARD: ("backward", "backward_input", "overlapped"),
 }
+_ALL_COMPUTING = ("forward", "backward", "backward_input", "backward_weight", "overlapped")
 
 
 class InjectedError(RuntimeError):
     """The exception that a drill raises."""
+
+
+@dataclass(frozen=True)
+class _Here:
+    """What faults of this rank act on. ``step``: the one being taken, from 1."""
+
+    rank: int
+    worker: Worker
+    replica: Replica | None
+    checkpoints: Path
+    step: Callable[[], int]
 
 
 def arm(
@@ -48,30 +61,95 @@ def arm(
     plan.check(config)
     if not plan.verify_checkpoints:
         checkpoint.damage = lambda path: None
+    _say_when_it_begins(plan.forwards, worker)
+    here = _Here(rank, worker, replica, RunFolder(config).checkpoints, current_step)
     for fault in plan.faults:
         if fault.happens_to(rank, config.layout.world_size):
-            _arm(fault, _once(plan.mark(fault), fault, replica, worker), rank, worker, current_step)
+            _arm(fault, plan.mark(fault), here)
 
 
-def _arm(fault: Fault, strike: Callable[[], None], rank: int, worker: Worker, current_step: Callable[[], int]) -> None:
+def _say_when_it_begins(file: Path, worker: Worker) -> None:
+    """Have the rank write down when its first forward begins."""
+    begun = False
+
+    def begin() -> None:
+        nonlocal begun
+        if not begun:
+            begun = True
+            with file.open("a") as stream:
+                stream.write(f"{time.time()!r}\n")
+
+    for held in worker.held.values():
+        _wrap(held.stage, _COMPUTING[Point.FORWARD], before=begin)
+
+
+def _arm(fault: Fault, mark: Path, here: _Here) -> None:
+    worker, step = here.worker, f"0*{fault.step}"
+
+    def strike() -> None:
+        if _first(mark):
+            _act(fault.action, here)
+
     def reach() -> None:
-        if current_step() == fault.step:
+        if here.step() == fault.step:
             strike()
 
     match fault.point:
+        case Point.FORWARD if fault.action is Action.SLOW:
+            _slow_down(fault, mark, here)
         case Point.FORWARD | Point.BACKWARD:
             for held in worker.held.values():
                 _wrap(held.stage, _COMPUTING[fault.point], before=reach)
+        case Point.DISPATCH:
+            for held in worker.held.values():
+                _wrap(held.stage.exchange, ("dispatch",), after=reach)
         case Point.REDUCE:
             _wrap(worker.end, ("reduce",), before=reach)
         case Point.OPTIMIZER:
             _wrap(worker.optimizer, ("update",), after=reach)
+        case Point.GATHER:
+            _leave_out_gather(fault, mark, here)
         case Point.SHARD:
-            _on_file("open", re.compile(rf"/__{rank}_[^/]*$"), fault.step, strike)
+            _on_file("open", re.compile(rf"/\.step-{step}\.partial/__{here.rank}_[^/]*$"), strike)
         case Point.PUBLISH:
-            _on_file("os.rename", re.compile(r"\.partial$"), fault.step, strike)
+            _on_file("os.rename", re.compile(rf"/\.step-{step}\.partial$"), strike)
+        case Point.LOAD:
+            _on_file("open", re.compile(rf"/step-{step}/__[^/]*$"), strike)
         case _:
             raise AssertionError(fault.point)
+
+
+def _slow_down(fault: Fault, mark: Path, here: _Here) -> None:
+    """Have the rank rest after all that it computes, from the step on: ``times`` - 1 times as long as that took."""
+    clock = here.worker.activity.compute_time
+
+    def slowly(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            before = clock.seconds()
+            result = method(*args, **kwargs)
+            if here.step() >= fault.step:
+                _first(mark)
+                time.sleep((fault.times - 1) * (clock.seconds() - before))
+            return result
+
+        return wrapped
+
+    for held in here.worker.held.values():
+        for name in _ALL_COMPUTING:
+            setattr(held.stage, name, slowly(getattr(held.stage, name)))
+
+
+def _leave_out_gather(fault: Fault, mark: Path, here: _Here) -> None:
+    """Once, the rank does not take part: what it computes next, it computes with the parameters that it has."""
+    bucket = here.worker.optimizer.buckets[0]
+    gather = bucket.gather
+
+    def left_out() -> None:
+        if here.step() != fault.step or not _first(mark):
+            gather()
+
+    setattr(bucket, "gather", left_out)  # noqa: B010
 
 
 def _wrap(
@@ -96,39 +174,37 @@ def _wrap(
         setattr(target, name, around(getattr(target, name)))
 
 
-def _on_file(event: str, name: re.Pattern[str], step: int, strike: Callable[[], None]) -> None:
-    """Strike when a file of this name is opened or renamed in the save of ``step``."""
+def _on_file(event: str, name: re.Pattern[str], strike: Callable[[], None]) -> None:
+    """Strike when a file of this name is opened or renamed."""
 
     def hook(what: str, args: tuple[Any, ...]) -> None:
         if what == event and isinstance(args[0], (str, os.PathLike)):
             path = os.fspath(args[0])
-            saved = _PARTIAL.search(path) if isinstance(path, str) else None
-            if saved and int(saved[1]) == step and name.search(path):
+            if isinstance(path, str) and name.search(path):
                 strike()
 
     sys.addaudithook(hook)
 
 
-def _once(happened: Path, fault: Fault, replica: Replica | None, worker: Worker) -> Callable[[], None]:
-    """Strike the first time only, over all starts of the run, and leave the time of it in a file."""
-
-    def strike() -> None:
-        try:
-            handle = os.open(happened, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            return
-        os.write(handle, repr(time.time()).encode())
-        os.close(handle)
-        if fault.action is Action.LOSE_MEMORY and replica is not None:
-            replica.forget()
-        _act(fault.action, worker)
-
-    return strike
+def _first(mark: Path) -> bool:
+    """Whether this is the first time, over all starts of the run; then the time of it is in the file ``mark``."""
+    try:
+        handle = os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        return False
+    os.write(handle, repr(time.time()).encode())
+    os.close(handle)
+    return True
 
 
-def _act(action: Action, worker: Worker) -> None:
+def _act(action: Action, here: _Here) -> None:
+    worker = here.worker
     match action:
-        case Action.KILL | Action.LOSE_MEMORY:
+        case Action.KILL:
+            os.kill(os.getpid(), signal.SIGKILL)
+        case Action.LOSE_MEMORY:
+            if here.replica is not None:
+                here.replica.forget()
             os.kill(os.getpid(), signal.SIGKILL)
         case Action.SEGFAULT:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -156,5 +232,21 @@ def _act(action: Action, worker: Worker) -> None:
         case Action.FULL_DISK:
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_DISK_BYTES, hard))
+        case Action.ASK:
+            os.kill(os.getpid(), signal.SIGTERM)
+        case Action.READ_ONLY:
+            here.checkpoints.chmod(0o555)
+            _obey_permissions()
         case _:
             raise AssertionError(action)
+
+
+def _obey_permissions() -> None:
+    """Have this thread heed the permissions of files, which root does not: drop its CAP_DAC_OVERRIDE. Linux only."""
+    libc, version_3, dac_override = ctypes.CDLL(None, use_errno=True), 0x20080522, 1
+    header = (ctypes.c_uint32 * 2)(version_3, 0)
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable: capabilities 0 to 31, then 32 to 63
+    for call in (libc.capget, libc.capset):
+        if call(header, sets):
+            raise OSError(ctypes.get_errno(), "capabilities cannot be changed")
+        sets[0] &= ~(1 << dac_override)

@@ -26,11 +26,13 @@ class Again(enum.Enum):
 class Scenario:
     """``faults`` break ranks; or ``interrupt`` is sent to the launcher, once a step after the second checkpoint is
     done. The first start ends with ``status``. Before the user's second start, ``damage`` is done to the newest
-    checkpoint. ``lost_steps``: how many steps may have to be taken again, at most."""
+    checkpoint."""
 
     name: str
     broken: str
     lost_steps: int
+    """How many steps may have to be taken again after a fault, at most; where nobody starts anything again, how far the
+    run may go back: for 0 it must not."""
     faults: tuple[Fault, ...] = ()
     interrupt: signal.Signals | None = None
     damage: Damage | None = None
@@ -40,8 +42,13 @@ class Scenario:
     """Whether checkpoints are written behind the loop. Otherwise it is known which steps a checkpoint has."""
     replicated: bool = False
     """Whether memory keeps every step, and no checkpoint is written before the end."""
+    restarts: int | None = None
+    """How often the launcher starts the ranks again; by default once for each fault where that is its task, and not at
+    all otherwise."""
+    fewest_ranks: int = 1
+    """With fewer the scenario means nothing."""
     guard: RecoveryConfig | None = None
-    """What watches the numbers, or the ranks."""
+    """What watches the numbers, or the ranks, or bounds their time."""
     skips: bool = False
     """Whether the batch of the step is left out in the end, as in a run in which that was planned."""
 
@@ -61,10 +68,21 @@ def _unsaved(name: str, action: Action, broken: str) -> Scenario:
     return Scenario(name, broken, 1, (killed,), again=Again.LAUNCHER, replicated=True)
 
 
-def _damaged(name: str, damage: Damage) -> Scenario:
+def _slow(times: float) -> Scenario:
+    # From step 3 on, and measured from step 2: the first one warms up.
+    fault = Fault(Action.SLOW, -1, 3, Point.FORWARD, times)
+    guard = RecoveryConfig(slow_factor=1.5, hang_factor=10.0)
+    broken = f"last rank computes {times:g} times as long"
+    return Scenario(f"slow-{times:g}x", broken, 0, (fault,), again=Again.NOBODY, guard=guard, fewest_ranks=2)
+
+
+def _damaged(damage: Damage) -> Scenario:
+    name = damage.name.lower().replace("_", "-")
     killed = Fault(Action.KILL, -1, _FAULT_STEP, Point.FORWARD)
     # Step 5, and those since the checkpoint before.
-    return Scenario(name, f"newest checkpoint: {damage.value}", 1 + EVERY, (killed,), damage=damage, status=1)
+    ranks = 2 if damage is Damage.SWAPPED_SHARDS else 1
+    broken = f"newest checkpoint: {damage.value}"
+    return Scenario(name, broken, 1 + EVERY, (killed,), damage=damage, status=1, fewest_ranks=ranks)
 
 
 def _goes_bad(name: str, action: Action, point: Point, broken: str, guard: RecoveryConfig, skips: bool) -> Scenario:
@@ -74,6 +92,7 @@ def _goes_bad(name: str, action: Action, point: Point, broken: str, guard: Recov
 
 _ALL = (
     _rank_dies("kill-forward", Action.KILL, Point.FORWARD, "last rank killed in a forward"),
+    _rank_dies("kill-dispatch", Action.KILL, Point.DISPATCH, "last rank killed in a dispatch to experts"),
     _rank_dies("kill-backward", Action.KILL, Point.BACKWARD, "last rank killed in a backward"),
     _rank_dies("kill-optimizer", Action.KILL, Point.OPTIMIZER, "last rank killed after its part of the update"),
     _rank_dies("kill-save", Action.KILL, Point.SHARD, "last rank killed while it writes its shard"),
@@ -100,14 +119,48 @@ _ALL = (
         faults=tuple(Fault(Action.KILL, rank, _FAULT_STEP, Point.FORWARD) for rank in (0, -1)),
         again=Again.LAUNCHER,
     ),
+    Scenario(
+        "kill-restart",
+        "last rank killed, and rank 0 as it starts again",
+        lost_steps=1,
+        faults=(Fault(Action.KILL, -1, _FAULT_STEP, Point.FORWARD), Fault(Action.KILL, 0, 4, Point.LOAD)),
+        again=Again.LAUNCHER,
+    ),
+    Scenario(
+        "restarts-spent",
+        "a rank killed, then another; one restart is allowed",
+        lost_steps=1,
+        faults=(
+            Fault(Action.KILL, -1, _FAULT_STEP, Point.FORWARD),
+            Fault(Action.KILL, 0, _FAULT_STEP + 1, Point.FORWARD),
+        ),
+        status=1,
+        restarts=1,
+    ),
+    Scenario(
+        "skip-collective",
+        "last rank leaves out a gather of parameters",
+        lost_steps=1,
+        faults=(Fault(Action.SKIP, -1, _FAULT_STEP - 1, Point.GATHER),),
+        again=Again.LAUNCHER,
+        fewest_ranks=3,  # of two that wait for each other, nobody knows which one left it out
+        guard=RecoveryConfig(hang_factor=10.0),
+    ),
+    _slow(2),
+    _slow(5),
     Scenario("terminate", "SIGTERM to the launcher", 0, interrupt=signal.SIGTERM, status=128 + signal.SIGTERM),
+    Scenario(
+        "terminate-short",
+        "SIGTERM, too little grace for a step that hangs",
+        lost_steps=1,
+        faults=(Fault(Action.HANG, -1, _FAULT_STEP, Point.FORWARD),),
+        interrupt=signal.SIGTERM,
+        status=128 + signal.SIGTERM,
+        guard=RecoveryConfig(grace_seconds=2),
+    ),
     # A step more may be taken between the look at the metrics and the signal.
     Scenario("kill-launcher", "launcher killed", EVERY, interrupt=signal.SIGKILL, status=-signal.SIGKILL),
-    _damaged("bit-flip", Damage.BIT_FLIP),
-    _damaged("zeroed-page", Damage.ZEROED_PAGE),
-    _damaged("truncation", Damage.TRUNCATION),
-    _damaged("missing-shard", Damage.MISSING_SHARD),
-    _damaged("stale-shard", Damage.STALE_SHARD),
+    *(_damaged(damage) for damage in Damage),
     _goes_bad(
         "nan", Action.NAN, Point.REDUCE, "a gradient of the last rank is NaN", RecoveryConfig(max_bad_steps=1), True
     ),
@@ -132,6 +185,13 @@ _ALL = (
         "no room for the last rank's shard",
         lost_steps=EVERY,
         faults=(Fault(Action.FULL_DISK, -1, _FAULT_STEP, Point.SHARD),),
+        status=2,
+    ),
+    Scenario(
+        "read-only",
+        "the folder of checkpoints cannot be written any more",
+        lost_steps=EVERY,
+        faults=(Fault(Action.READ_ONLY, 0, _FAULT_STEP, Point.FORWARD),),
         status=2,
     ),
     Scenario(

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from launch.drills.drive import Attempt, Evidence
-from launch.drills.fault import Action
+from launch.drills.fault import Action, Fault
 from launch.drills.scenarios import STEPS, Again, Scenario
 from launch.metrics import read_jsonl
 from launch.run_folder import RunFolder
@@ -34,14 +35,16 @@ class Ending:
 
 @dataclass
 class Verdict:
-    """``detected_s`` and ``recovered_s``: seconds from the fault until it was noticed, and until the first step after
-    it was done; where the user starts the run again, ``recovered_s`` counts from that start, and so does
-    ``detected_s`` for a damaged checkpoint. ``problems``: why it is not passed."""
+    """``detected_s``, ``forward_s`` and ``recovered_s``: seconds from the fault until it was noticed, until the first
+    rank that was started again began a forward, and until the first step after it was done; where the user starts the
+    run again, the last two count from that start, and so does ``detected_s`` for a damaged checkpoint. ``problems``:
+    why it is not passed."""
 
     scenario: str
     bitwise_equal: bool
     culprit: str | None = None
     detected_s: float | None = None
+    forward_s: float | None = None
     recovered_s: float | None = None
     lost_steps: int | None = None
     leftovers: list[str] = field(default_factory=list)
@@ -52,14 +55,16 @@ class Verdict:
         return not self.problems
 
     def as_dict(self) -> dict[str, Any]:
-        keys = ("detected_s", "recovered_s", "lost_steps", "bitwise_equal", "culprit", "leftovers", "problems")
+        times = ("detected_s", "forward_s", "recovered_s")
+        keys = (*times, "lost_steps", "bitwise_equal", "culprit", "leftovers", "problems")
         return {"scenario": self.scenario, "passed": self.passed, **{key: getattr(self, key) for key in keys}}
 
 
-def ending(folder: RunFolder) -> Ending:
+def ending(folder: RunFolder, steps: int = STEPS) -> Ending:
+    """What a run came to whose last step was to be ``steps``."""
     entries = read_jsonl(folder.metrics_file)
     newest = published(folder.checkpoints)[-1:]
-    whole = bool(newest) and newest[0].name.endswith(f"{STEPS:08d}") and damage(newest[0]) is None
+    whole = bool(newest) and newest[0].name.endswith(f"{steps:08d}") and damage(newest[0]) is None
     losses = [float(entry["loss"]).hex() for entry in entries]
     return Ending([entry["step"] for entry in entries], losses, _state(newest[0]) if whole else None)
 
@@ -91,7 +96,18 @@ def judge(scenario: Scenario, evidence: Evidence, undisturbed: Ending) -> Verdic
     verdict.culprit = _culprit(scenario, evidence)
     if verdict.culprit is None and scenario.interrupt is None:
         problems.append("the culprit was not named")
+    problems += _others_named(scenario, evidence)
     return verdict
+
+
+def _others_named(scenario: Scenario, evidence: Evidence) -> Iterator[str]:
+    """Ranks that were called slow and are not."""
+    events = evidence.folder.events.entries()
+    ranks = next((e["world_size"] for e in events if e.get("event") == "start"), 0)
+    for event in events if any(fault.action is Action.SLOW for fault in scenario.faults) else ():
+        guilty = any(fault.happens_to(event.get("rank", 0), ranks) for fault in scenario.faults)
+        if event.get("event") == "slow rank" and not guilty:
+            yield f"rank {event['rank']} was called slow, too"
 
 
 def _statuses(scenario: Scenario, attempts: list[Attempt]) -> Iterator[str]:
@@ -107,60 +123,100 @@ def _statuses(scenario: Scenario, attempts: list[Attempt]) -> Iterator[str]:
 
 def _time(verdict: Verdict, scenario: Scenario, evidence: Evidence) -> None:
     """Fill in the seconds and the steps that were lost."""
-    struck = min((when for when in evidence.struck if when is not None), default=None)
+    happened = [when for when in evidence.struck if when is not None]
+    struck = min(happened, default=None) if scenario.interrupt is None else evidence.struck[-1]
     first, again = evidence.attempts[0], evidence.attempts[1] if len(evidence.attempts) > 1 else None
     events = evidence.folder.events.entries()
-    rolled = next((e for e in events if e.get("event") == "rollback"), None)
-    resumed = next((e["step"] for e in events if e.get("event") == "resume"), None)
-    noticed = {name: _when(events, name) for name in ("failure", "recovery", "skipped a checkpoint", "bad step")}
-    if struck is not None:
-        seen = noticed["failure"] if scenario.status in (0, 1) else first.ended
-        if scenario.again is Again.NOBODY:
-            seen = noticed["bad step"]
-        verdict.detected_s = None if seen is None else _seconds(seen - struck)
-    if again is None:
-        done = next((e["step"] for e in events if e.get("event") == "failure"), None)
-        if rolled is not None:
-            done = rolled["step"]
-        if struck is not None and noticed["recovery"] is not None:
-            verdict.recovered_s = _seconds(noticed["recovery"] - struck)
-    else:
-        done = first.steps
+    verdict.lost_steps = _lost(scenario, evidence, events)
+    if again is not None:
         verdict.recovered_s = None if again.stepped is None else _seconds(again.stepped - again.began)
-        if scenario.damage is not None:
-            skipped = noticed["skipped a checkpoint"]
-            verdict.detected_s = None if skipped is None else _seconds(skipped - again.began)
-    if done is not None and resumed is not None:
-        verdict.lost_steps = done - resumed
+        verdict.forward_s = first_after(again.began, evidence.forwards)
+    elif struck is not None and scenario.again is Again.LAUNCHER:
+        verdict.forward_s = first_after(struck, evidence.forwards)
+        recovered = _when(events, "recovery")
+        verdict.recovered_s = None if recovered is None else _seconds(recovered - struck)
+    elif struck is not None and (recovered := _when(events, "recovery")) is not None:
+        verdict.recovered_s = _seconds(recovered - struck)
+    if scenario.damage is not None:
+        since, seen = None if again is None else again.began, _when(events, "skipped a checkpoint")
+    elif scenario.again is Again.NOBODY:
+        since, seen = struck, _when(events, "bad step") or _when(events, "slow rank")
+    else:
+        since, seen = struck, _when(events, "failure") if scenario.status in (0, 1) else first.ended
+    verdict.detected_s = None if since is None or seen is None else _seconds(seen - since)
+
+
+def _lost(scenario: Scenario, evidence: Evidence, events: list[dict[str, Any]]) -> int | None:
+    """The most steps that were taken again after one fault; None when the run went on from nothing that was saved."""
+    moments = [(time_of(e), e["event"], e) for e in events if e.get("event") in ("failure", "resume", "rollback")]
+    moments += [(a.ended, "ended", {"step": a.steps}) for a in evidence.attempts[:-1]]
+    done, lost = None, []
+    for _, name, event in sorted(moments, key=lambda moment: moment[0]):
+        match name:
+            case "failure" | "ended":
+                done = event["step"]
+            case "resume" if done is not None:
+                lost.append(done - event["step"])
+                done = None
+            case "rollback":
+                lost.append(event["step"] - event["to"])
+    if not lost and scenario.again is Again.NOBODY and scenario.lost_steps == 0 and done is None:
+        return 0
+    return max(lost, default=None)
 
 
 def _culprit(scenario: Scenario, evidence: Evidence) -> str | None:
-    """Whom the run named, if that is who did it. A launcher that was ended from outside names nobody."""
+    """Whom the run named, if that is who did it: of faults at once, one of them. A launcher that was ended from outside
+    names nobody."""
     events = evidence.folder.events.entries()
-    if evidence.damaged is not None:
-        reasons = (e["reason"] for e in events if e.get("event") == "skipped a checkpoint")
-        parts = evidence.damaged.split("/")
-        return next((evidence.damaged for reason in reasons if all(part in reason for part in parts)), None)
+    if evidence.damaged:
+        reasons = [e["reason"] for e in events if e.get("event") == "skipped a checkpoint"]
+        for damaged in evidence.damaged:
+            if any(all(part in reason for part in damaged.split("/")) for reason in reasons):
+                return damaged
+        return None
+    found = []
+    for _, at_once in groupby(scenario.faults, key=lambda fault: fault.step):
+        named = [words for fault in at_once if (words := _named(fault, scenario, evidence, events)) is not None]
+        if not named:
+            return None
+        found.append(named[0])
+    return ", then ".join(found) or None
+
+
+def _named(fault: Fault, scenario: Scenario, evidence: Evidence, events: list[dict[str, Any]]) -> str | None:
+    """How the run named this fault, None if it did not."""
     ranks = next((e["world_size"] for e in events if e.get("event") == "start"), 0)
-    failures = [e for e in events if e.get("event") == "failure"]
-    for fault in scenario.faults:
-        word = fault.action.shows_as
-        for bad in events if scenario.again is Again.NOBODY else ():
-            owner = scenario.skips or any(fault.happens_to(rank, ranks) for rank in bad.get("ranks", []))
-            if bad.get("event") == "bad step" and bad["step"] == fault.step and word in bad["why"] and owner:
-                return f"{bad['why']} (step {fault.step})"
-        if fault.action is Action.FULL_DISK and word in evidence.attempts[0].output:
-            return f"checkpoint cannot be written: {word}"
-        for failure in failures:
-            if word in failure["cause"] and fault.happens_to(failure["rank"], ranks):
-                return str(failure["cause"])
+    word = fault.action.shows_as
+    if fault.action in (Action.FULL_DISK, Action.READ_ONLY):
+        return f"checkpoint cannot be written: {word}" if word in evidence.attempts[0].output else None
+    for event in events:
+        match event.get("event"):
+            case "bad step" if scenario.again is Again.NOBODY:
+                owner = scenario.skips or any(fault.happens_to(rank, ranks) for rank in event.get("ranks", []))
+                if event["step"] == fault.step and word in event["why"] and owner:
+                    return f"{event['why']} (step {fault.step})"
+            case "slow rank" if fault.action is Action.SLOW and fault.happens_to(event["rank"], ranks):
+                return f"rank {event['rank']} is slow: {event['times']:.1f} times"
+            case "failure" if word in event["cause"] and fault.happens_to(event["rank"], ranks):
+                return str(event["cause"])
     return None
 
 
 def _when(events: list[dict[str, Any]], name: str) -> float | None:
     """When the first event of this name was, in seconds of ``time.time``."""
-    times = (datetime.fromisoformat(e["time"]).timestamp() for e in events if e.get("event") == name)
-    return next(times, None)
+    return next((time_of(e) for e in events if e.get("event") == name), None)
+
+
+def time_of(event: dict[str, Any]) -> float:
+    """When an event was, in seconds of ``time.time``; it is written in milliseconds."""
+    return datetime.fromisoformat(event["time"]).timestamp()
+
+
+def first_after(since: float, moments: list[float]) -> float | None:
+    """Seconds from ``since`` until the first of the moments behind it."""
+    later = min((moment for moment in moments if moment > since), default=None)
+    return None if later is None else _seconds(later - since)
 
 
 def _seconds(duration: float) -> float:

@@ -41,6 +41,19 @@ def test_who_lives_and_waits_is_not_to_blame() -> None:
     assert "rank 1 is silent" in str(judge(before, late | {1: before[1]})), "a dead rank makes others late too"
 
 
+def test_of_ranks_that_all_wait_the_one_that_left_something_out_is_named() -> None:
+    waits = {rank: {**record("parameter gather", 5), "peers": [p for p in range(4) if p != rank]} for rank in range(4)}
+    before = {rank: record("dispatch", 3) for rank in range(4)}
+    assert judge(before, waits) is None, "they are all in the same operation"
+    missing = waits | {3: {**record("dispatch", 5), "peers": [2]}}
+    assert judge(before, missing) == Blame(
+        (3,),
+        "rank 3 left out what others wait for: 3 ranks wait in parameter gather, and it is in dispatch of step 7",
+    )
+    of_two = {0: {**record("parameter gather", 5), "peers": [1]}, 1: {**record("dispatch", 5), "peers": [0]}}
+    assert judge({0: before[0], 1: before[1]}, of_two) is None, "either may have left it out"
+
+
 @dataclass(frozen=True)
 class Scenario:
     """Three ranks, of which the last one, in the middle of ``operation``, is ``how``."""
