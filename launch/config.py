@@ -53,17 +53,10 @@ class ScheduleConfig:
 class DispatchConfig:
     kind: Literal["flat", "hierarchical", "deepep"] = "flat"
     """How a token reaches its experts: once to each of their ranks, or once to each of their nodes and on from it;
-    deepep, DeepSeek's kernels for the latter, is refused and says what it would need."""
+    deepep is the latter by DeepSeek's kernels, the package deep_ep on CUDA."""
     payload: Literal["auto", "plain", "fp8"] = "auto"
     """What is dispatched, forward and as a gradient: rows in the type of activations (plain), or in FP8 with a scale
     for every 128 numbers; auto is fp8 where precision.compute is. Combine sends sums, in the type of activations."""
-
-    def __post_init__(self) -> None:
-        needs = (
-            "needs CUDA with NVLink and RDMA, the package deep_ep (github.com/deepseek-ai/DeepEP), and an exchange "
-            "over it, which is not written yet; hierarchical crosses between nodes as it does"
-        )
-        check(self.kind != "deepep", "dispatch.kind", self.kind, needs)
 
 
 @dataclass(frozen=True)

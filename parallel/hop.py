@@ -53,10 +53,11 @@ class HopLayout:
 
 @dataclass
 class Traffic:
-    """Bytes that exchanges sent to ranks of the own node and to those of other nodes."""
+    """Bytes that exchanges sent to ranks of the own node and to those of other nodes; tensors where only the device
+    knows."""
 
-    inside_bytes: int = 0
-    between_bytes: int = 0
+    inside_bytes: int | Tensor = 0
+    between_bytes: int | Tensor = 0
 
     def clear(self) -> None:
         self.inside_bytes = self.between_bytes = 0

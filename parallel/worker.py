@@ -27,6 +27,7 @@ from parallel.activity import Activity, collective_timeout
 from parallel.bucket import Bucket
 from parallel.comm_stream import Times, comm_stream
 from parallel.compute_time import compute_time
+from parallel.deepep import Buffer, DeepEPExchange, make_buffer
 from parallel.deepspeed_backend import DeepSpeedAdamW
 from parallel.ema import Average
 from parallel.exchange import GroupExchange
@@ -120,6 +121,7 @@ class Worker:
             rank, range(layout.world_size), store, job.timeout_seconds, _describe, compute_time(job.device)
         )
         self.traffic, self.stream = Traffic(), comm_stream(job.device)
+        self._deepep_buffer: Buffer | None = None
         timeout = collective_timeout(job.timeout_seconds)
         modules = job.model.num_nextn_predict_layers
         self.groups = Groups(layout, self.program.routes, job.dispatch == "hierarchical", modules > 0, timeout)
@@ -325,12 +327,14 @@ class Worker:
         if group is None:
             return LocalExchange(experts)
         match self.job.dispatch:
+            case "deepep":
+                return self._deepep(group, experts)
             case "flat":
                 peers = [layout.expert_group(self.rank)]
             case "hierarchical":
                 peers = [layout.local_peers(self.rank), layout.node_ranks(self.rank)]
             case _:
-                raise ValueError(f"dispatch.kind={self.job.dispatch} must be flat or hierarchical")
+                raise ValueError(f"dispatch.kind={self.job.dispatch} must be flat, hierarchical or deepep")
         hops = []
         for ranks in peers:
             of_hop = self.groups.of(ranks)
@@ -339,6 +343,15 @@ class Worker:
         chunks = 1 if len(hops) == 1 else chunks_of(self.job)
         fp8 = self.job.fp8_payload
         return GroupExchange(group, experts, hops, self.traffic, self.stream, fp8, chunks, self.activity)
+
+    def _deepep(self, group: dist.ProcessGroup, experts: int) -> DeepEPExchange:
+        """All stages and micro-batches take turns with one buffer."""
+        job = self.job
+        if self._deepep_buffer is None:
+            tokens = job.micro_batch_size * job.sequence_length
+            self._deepep_buffer = make_buffer(group, job.model, tokens, job.fp8_payload, job.timeout_seconds)
+        mine = self.traffic, self.stream, job.fp8_payload, self.activity, job.device
+        return DeepEPExchange(self._deepep_buffer, job.layout, self.rank, experts, *mine)
 
 
 def alike(layout: Layout, program: Program, rank: int) -> list[int]:

@@ -124,7 +124,6 @@ def test_text_is_taken_as_it_stands(tmp_path: Path) -> None:
         ("train.steps=[", ["train.steps='['", "integer"]),
         ("train.steps=0", ["train.steps=0", "at least 1"]),
         ("train.seed=-1", ["train.seed=-1", "negative"]),
-        ("dispatch.kind=deepep", ["dispatch.kind='deepep'", "needs CUDA", "deep_ep", "hierarchical"]),
         ("train.device=tpu", ["train.device='tpu'", "auto or cpu or cuda"]),
         ("optimizer.learning_rate=.nan", ["optimizer.learning_rate=nan", "finite"]),
         ("optimizer.learning_rate=0", ["optimizer.learning_rate=0.0", "above 0"]),

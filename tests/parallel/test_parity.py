@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import parallel.worker
 from dualpipe.cost import Costs
 from dualpipe.load import load
 from dualpipe.program import Overlap, ProgramError, Work
@@ -24,6 +25,7 @@ from parallel.mesh import Layout
 from parallel.optimizer_config import OptimizerConfig
 from parallel.stage import ModelStage
 from parallel.worker import Job, Worker
+from tests.parallel.deep_ep_buffer import DocumentedBuffer
 from tests.ranks import run_ranks
 
 STEPS = 5
@@ -168,7 +170,9 @@ def train_ways(rank: int, layout: Layout) -> list[list[float]]:
     """Losses and gradient norms of two steps: flat, hierarchical, and hierarchical with no pair overlapped."""
     found = []
     overlapped = ModelStage.overlapped
-    for dispatch, pair in (("flat", overlapped), ("hierarchical", overlapped), ("hierarchical", one_after_the_other)):
+    parallel.worker.make_buffer = lambda group, *_: DocumentedBuffer(group)
+    ways = [("flat", overlapped), ("hierarchical", overlapped), ("hierarchical", one_after_the_other)]
+    for dispatch, pair in (*ways, ("deepep", overlapped), ("deepep", one_after_the_other)):
         ModelStage.overlapped = pair  # type: ignore[method-assign]
         job = replace(SHORT, layout=layout, dispatch=dispatch, global_batch_size=16)
         worker = Worker(job, rank)
@@ -182,8 +186,10 @@ def train_ways(rank: int, layout: Layout) -> list[list[float]]:
 
 def test_every_way_to_dispatch_trains_alike_and_overlap_changes_no_bit() -> None:
     layout = Layout(2, 4, 4, ranks_per_node=2)
-    for flat, hierarchical, in_turn in run_ranks(train_ways, layout.world_size, layout):
+    for flat, hierarchical, in_turn, deepep, deepep_in_turn in run_ranks(train_ways, layout.world_size, layout):
         assert hierarchical == in_turn
+        assert deepep == deepep_in_turn
+        assert deepep == pytest.approx(flat, rel=1e-5)
         assert hierarchical == pytest.approx(flat, rel=1e-5)
 
 
