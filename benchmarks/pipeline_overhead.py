@@ -6,8 +6,7 @@ The ranks of CONFIG's layout (configs/tiny-cpu.yaml: pipeline 4 x data 2, expert
 1 train the same model from the same weights on the same batches, one thread each, with micro-batches of the same size.
 All are started once and stay; they take turns, a few steps at a time, while the others sleep on a pipe. A rank's CPU
 time is user and system time of all its threads (getrusage), gloo's included, from before its steps to after them; a
-step's is the sum over the ranks. Waiting costs none: nothing here spins. The first turns do not count: every process
-compiles its BF16 products and takes its memory from the kernel then.
+step's is the sum over the ranks. Waiting costs none: nothing here spins.
 
 The ranks keep every core busy, one process keeps one, and cores slow each other down (caches, memory, clock) without a
 word being said between processes. So the baseline is measured twice: alone, and as one of as many strangers as there
@@ -176,21 +175,21 @@ def _serve(pipe: Connection, config: Config, store: Path, rank: int) -> None:
         pipe.send((traceback.format_exc(), None))
 
 
-def compare(config: Config, warmup: int, rounds: int, steps: int, profile: bool, console: Console) -> dict[str, Any]:
-    """All sides in turns, of which the first ``warmup`` do not count."""
+def compare(config: Config, rounds: int, steps: int, profile: bool, console: Console) -> dict[str, Any]:
+    """All sides in turns; the first turn of each is a warm-up."""
     alone = replace(config, layout=replace(config.layout, pipeline=1, data=1, expert=1))
     cores = min(len(os.sched_getaffinity(0)), config.layout.world_size)
     wanted = {"ranks": (config, 1), "single": (alone, 1), "busy": (alone, cores)}
     with started(list(wanted.values())) as groups:
         contestants = dict(zip(wanted, groups, strict=True))
         usages: dict[str, list[Usage]] = {name: [] for name in contestants}
-        for turn in range(warmup + rounds):
+        for turn in range(rounds + 1):
             for name in contestants if turn % 2 else reversed(contestants):
                 usages[name].append(contestants[name].steps(steps))
         if profile:
             for name, group in contestants.items():
                 console.print(f"{name}: one step of rank 0 by operator\n{group.top_operators()}", soft_wrap=True)
-    measured = {name: of[warmup:] for name, of in usages.items()}
+    measured = {name: of[1:] for name, of in usages.items()}
     by_round = {
         against: [r.cpu_s / s.cpu_s for r, s in zip(measured["ranks"], measured[against], strict=True)]
         for against in ("single", "busy")
@@ -238,7 +237,6 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("config", nargs="?", default=str(CONFIG), help="a configuration with more than one rank")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    parser.add_argument("--warmup", type=int, default=4, help="turns of each side before those that are measured")
     parser.add_argument("--rounds", type=int, default=5, help="measured turns of each side")
     parser.add_argument("--steps", type=int, default=2, help="steps a turn")
     parser.add_argument("--profile", action="store_true", help="print the top operators of rank 0 and of the process")
@@ -250,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     console = Console(stderr=options.json)
-    result = compare(config, options.warmup, options.rounds, options.steps, options.profile, console)
+    result = compare(config, options.rounds, options.steps, options.profile, console)
     print_result(console, result)
     if options.json:
         print(json.dumps(result))

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from launch.memory_file import MemoryFile
-from parallel.activity import Blame, judge
+from parallel.activity import COMPUTING, Blame, judge
 
 BEAT_SECONDS = 0.1
 SHORTEST_SECONDS = 1.0
@@ -27,6 +27,8 @@ SILENT_SECONDS = 0.5
 LONGEST_GAP_SECONDS = 0.25
 """Of the time between two looks, no more counts: a watch that was itself stopped, with the ranks or with the whole
 machine, has seen nothing."""
+ELSEWHERE_SECONDS = 1.0
+"""What another node may take to find, and to end, a rank that is silent."""
 _RECORD_BYTES = 1024
 
 Readings = Mapping[int, Mapping[str, Any]]
@@ -52,14 +54,15 @@ class Board:
     def clear(self) -> None:
         self._file.clear(self.ranks * _RECORD_BYTES)
 
-    def watched(self, factor: float) -> Callable[[float], "Hang | None"]:
-        """Clear it for the ranks of a new attempt -> what looks at it, at a time in seconds, and sees them hang."""
+    def watched(self, factor: float, first: int = 0, whole: bool = True) -> Callable[[float], "Hang | None"]:
+        """Clear it for the ranks of a new attempt, ``first`` and those after it, the ``whole`` job or the part of it on
+        this node -> what looks at it, at a time in seconds, and sees them hang."""
         self.clear()
-        watch = Watch(factor)
+        watch = Watch(factor, whole)
 
         def look(now: float) -> Hang | None:
             readings = self.read()
-            return None if readings is None else watch.look(now, readings)
+            return None if readings is None else watch.look(now, {first + n: record for n, record in readings.items()})
 
         return look
 
@@ -94,10 +97,13 @@ class Hang:
 
 
 class Watch:
-    """Looks at one attempt of a run, every fraction of a second. ``factor``: ``recovery.hang_factor``."""
+    """Looks at one attempt of a run, every fraction of a second. ``factor``: ``recovery.hang_factor``. ``whole``: False
+    when it sees the ranks of one node of several. Then it blames nobody when all of them wait, because the one that
+    they wait for is elsewhere; and one that computes only when no other node has found one that is silent, which says
+    more."""
 
-    def __init__(self, factor: float) -> None:
-        self._factor = factor
+    def __init__(self, factor: float, whole: bool = True) -> None:
+        self._factor, self._whole = factor, whole
         self._looked: float | None = None
         self._seen_seconds = 0.0
         self._progress: tuple[Any, ...] = ()
@@ -118,10 +124,20 @@ class Watch:
             self._before.popleft()
         medians = [m for record in readings.values() if (m := record["median_step_seconds"]) is not None]
         lasted = self._seen_seconds - self._progress_at
-        if not medians or lasted <= max(SHORTEST_SECONDS, self._factor * max(medians)):
+        longest = max(SHORTEST_SECONDS, self._factor * max(medians, default=0.0))
+        if not medians or lasted <= longest:
             return None
-        blame = judge(self._before[0][1], readings) or Blame(
-            tuple(readings), "all ranks wait for each other, as if one had left out a message"
-        )
+        blame = judge(self._before[0][1], readings)
+        if not self._whole and not self._is_here(blame, readings, lasted - longest):
+            return None
+        if blame is None:
+            blame = Blame(tuple(readings), "all ranks wait for each other, as if one had left out a message")
         words = f"{blame.words}; no rank came further for {lasted:.1f} s, where a step takes {max(medians):.2g} s"
         return Hang({rank: readings[rank]["pid"] for rank in blame.ranks}, words)
+
+    def _is_here(self, blame: Blame | None, readings: Readings, overdue: float) -> bool:
+        """Whether the rank to blame is on this node for sure: one that waits may wait for another node's."""
+        if blame is None:
+            return False
+        computes = all(readings[rank]["operation"] == COMPUTING for rank in blame.ranks)
+        return blame.silent or (computes and overdue > ELSEWHERE_SECONDS)

@@ -19,6 +19,11 @@ class Keeper:
         paths = [file.path for file in self._files]
         self.regions: list[Regions] = list(zip(paths[::2], paths[1::2], strict=True))
 
+    def clear(self) -> None:
+        """Lose all that is in it."""
+        for file in self._files:
+            file.clear()
+
     def __enter__(self) -> "Keeper":
         return self
 

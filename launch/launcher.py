@@ -1,8 +1,8 @@
 """What ranks know of the launcher of their node, and what that knows of how they ended."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from launch import train
@@ -10,17 +10,20 @@ from launch.keeper import Regions
 
 LOST_SERVER = 255
 """What multiprocessing reports for a rank whose fork server is gone."""
+_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
 class Failure:
-    """How an attempt ended. ``status``: the rank's exit status, negative for a signal; ``noticed``: when it was seen
-    to be gone, in the seconds of ``time.monotonic``, which all processes of a machine share."""
+    """How an attempt ended. ``rank``: None when a whole node was lost; ``status``: the rank's exit status, negative for
+    a signal; ``noticed``: when it was seen to be gone, in the seconds of ``time.monotonic``, which all processes of a
+    machine share; ``follows``: whether the rank ended because another one, maybe of another node, was gone."""
 
-    rank: int
+    rank: int | None
     status: int
     cause: str
     noticed: float
+    follows: bool = False
 
     @property
     def can_recover(self) -> bool:
@@ -29,12 +32,33 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Flag:
+    """Something that happened, known to all processes of a node: the file at ``path`` is there. multiprocessing's Event
+    can be left locked by a process that is killed while it sets it, or waits for it."""
+
+    path: Path
+
+    def set(self) -> None:
+        self.path.touch()
+
+    def is_set(self) -> bool:
+        return self.path.exists()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it happens within so many seconds."""
+        deadline = time.monotonic() + seconds
+        while not self.is_set() and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        return self.is_set()
+
+
+@dataclass(frozen=True)
 class Launcher:
     """What it does for its ranks, which torchrun's agents do not. ``asked``: set when somebody asked it to stop;
     ``memory``: for each rank of the node, what outlives it; ``board``: where they write down what they do, None when
     nobody watches them; ``recovering``: from what, after a restart."""
 
-    asked: Event
+    asked: Flag
     memory: Sequence[Regions] | None = None
     board: Path | None = None
     recovering: Failure | None = None

@@ -11,34 +11,36 @@ import argparse
 import contextlib
 import logging
 import multiprocessing
-import multiprocessing.synchronize
 import os
 import signal
-import sys
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import psutil
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from launch import output, train
+from launch.attempts import Alone, Attempts
 from launch.config import Config, ConfigError
 from launch.fork_server import ForkServer
 from launch.hang import Board, Hang
 from launch.keeper import Keeper
-from launch.launcher import LOST_SERVER, Failure, Launcher
+from launch.launcher import LOST_SERVER, Failure, Flag, Launcher
 from launch.memory_file import MemoryFile
-from launch.metrics import read_jsonl
-from launch.run_folder import RunFolder
-from launch.stop import ONE_REQUEST_SECONDS, heeded, say_not_begun
+from launch.nodes.roster import NodeCount
+from launch.nodes.together import Together
+from launch.stop import ONE_REQUEST_SECONDS, heeded, say_between_attempts, say_not_begun
 
 GRACE_SECONDS = 5.0
 """How long ranks may live after the first that ended; those that wait to name a lost peer take 2."""
@@ -46,21 +48,27 @@ POLL_SECONDS = 0.05
 
 
 def start(config: Config, arguments: argparse.Namespace) -> int:
-    """Run every rank, again after a failure as often as ``recovery.max_restarts`` allows, and return the exit status
-    for the whole: the ranks' own where they agree on bad input. Raises ConfigError."""
+    """Run the ranks of this node, again after a failure as often as ``recovery.max_restarts`` allows, and return the
+    exit status for the whole: the ranks' own where they agree on bad input. Raises ConfigError."""
     logging.disable(logging.ERROR)  # what torch's launcher logs about ended ranks, the ranks say better
+    os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"  # as many ranks on each node: nothing to ask the others
+    nodes: NodeCount = arguments.nnodes
+    ranks = nodes.ranks_on_each(config.layout.world_size)
     # The server's socket lives longer than the folder.
     with (
         ForkServer() as server,
         _scratch_folder() as scratch,
-        _held(config, "replicate_every", Keeper) as keeper,
-        _held(config, "hang_factor", Board) as board,
+        _held(config, "replicate_every", Keeper, ranks) as keeper,
+        _held(config, "hang_factor", Board, ranks) as board,
     ):
-        asked = multiprocessing.get_context("forkserver").Event()
+        asked = Flag(Path(scratch, "asked"))
         launcher = Launcher(asked, None if keeper is None else keeper.regions, None if board is None else board.path)
-        _pass_signals_on(asked)
+        node = _Node(server, scratch, board, ranks)
         try:
-            return _start(config, arguments, launcher, _Node(server, scratch, board))
+            if nodes.most == 1:
+                return _start(config, arguments, launcher, Alone(config), node)
+            with Together(config, nodes, arguments.local_addr, keeper) as together:
+                return _start(config, arguments, launcher, together, node)
         except SignalException as stopped:
             return 128 + stopped.sigval
 
@@ -69,8 +77,8 @@ _Held = TypeVar("_Held", Keeper, Board)
 
 
 @contextlib.contextmanager
-def _held(config: Config, key: str, kind: type[_Held]) -> Iterator[_Held | None]:
-    """What the launcher holds in memory for its ranks; None when ``recovery.KEY`` does not ask for it. Raises
+def _held(config: Config, key: str, kind: type[_Held], ranks: int) -> Iterator[_Held | None]:
+    """What the launcher holds in memory for its ``ranks``; None when ``recovery.KEY`` does not ask for it. Raises
     ConfigError."""
     value = getattr(config.recovery, key)
     if not value:
@@ -78,7 +86,7 @@ def _held(config: Config, key: str, kind: type[_Held]) -> Iterator[_Held | None]
         return
     if not MemoryFile.available():
         raise ConfigError(f"recovery.{key}={value} must be 0: it needs Linux")
-    with kind(config.layout.world_size) as held:
+    with kind(ranks) as held:
         yield held
 
 
@@ -89,6 +97,7 @@ class _Node:
     server: ForkServer
     scratch: str
     board: Board | None
+    ranks: int
 
 
 @contextlib.contextmanager
@@ -106,18 +115,27 @@ def _scratch_folder() -> Iterator[str]:
 class _Watch:
     """Sees the first rank end, from beside torch's launcher, and kills those that have not followed in
     ``GRACE_SECONDS``: torch would let a rank that hears no SIGTERM, stopped or stuck on a GPU, live for 30 more. It
-    ends the ranks that hang, too, where ``look`` sees one.
+    ends the ranks that hang, too, where ``look`` sees one, and all when those of another node ended.
 
     A context manager for one attempt; once it is left, none of its ranks is alive.
     """
 
-    def __init__(self, server: ForkServer, look: Callable[[float], Hang | None] | None = None) -> None:
-        self.finished = multiprocessing.get_context("forkserver").Event()
+    def __init__(
+        self,
+        server: ForkServer,
+        attempts: Attempts,
+        finished: Flag,
+        look: Callable[[float], Hang | None] | None = None,
+    ) -> None:
+        self.finished = finished
         """Set by a rank that left the group, which all ranks do together: they may take their time to end."""
         self.noticed: float | None = None
+        self.elsewhere = False
+        """Whether another node's ranks ended before any of these."""
         self.hang: Hang | None = None
-        self._server, self._look = server, look
+        self._server, self._attempts, self._look = server, attempts, look
         self._seen: set[psutil.Process] = set()
+        self._asked: set[psutil.Process] = set()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -142,10 +160,26 @@ class _Watch:
                 self._end_hanging(self._look)
             if self._seen - alive:
                 self.noticed = self.noticed or time.monotonic()
+                if not self.finished.is_set():
+                    self._attempts.break_off()
                 self._over.wait(GRACE_SECONDS)
                 if not self.finished.is_set():
                     self._kill(self._seen)
                 return
+            if self._attempts.ended_elsewhere():
+                self._follow(alive)
+
+    def _follow(self, alive: set[psutil.Process]) -> None:
+        """Ask all ranks to end, those too that are only just being started; once the first has ended, the others have
+        ``GRACE_SECONDS``."""
+        if self.noticed is None:
+            self.noticed, self.elsewhere = time.monotonic(), True
+        for process in alive - self._asked:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        self._asked |= alive
+        if time.monotonic() - self.noticed > GRACE_SECONDS:
+            self._kill(alive)
 
     def _end_hanging(self, look: Callable[[float], Hang | None]) -> None:
         """Kill the ranks that are to blame for a hang, if there is one: then somebody has died, as ever."""
@@ -163,36 +197,23 @@ class _Watch:
                 process.kill()
 
 
-def _start(config: Config, arguments: argparse.Namespace, launcher: Launcher, node: _Node) -> int:
-    folder, most, restarts = RunFolder(config), config.recovery.max_restarts, 0
-    known = len(folder.events.entries())
-    while (failure := _attempt(config, arguments, launcher, node)) is not None:
-        if not failure.can_recover:
-            return train.USER_ERROR if failure.status == train.USER_ERROR else train.FAILED
-        failure = _explained(failure, folder.events.entries()[known:])
-        steps = read_jsonl(folder.metrics_file)
-        _note(folder, failure, steps[-1]["step"] if steps else 0)
-        if restarts == most:
-            _say_the_end(failure, most)
-            return train.FAILED
-        restarts += 1
-        source = "the newest checkpoint" if launcher.memory is None else "memory or the newest checkpoint"
-        print(f"{failure.cause}; restart {restarts} of {most}, from {source}", file=sys.stderr)
-        launcher = replace(launcher, recovering=failure)
-        known = len(folder.events.entries())
-    return 0
+def _start(config: Config, arguments: argparse.Namespace, launcher: Launcher, attempts: Attempts, node: _Node) -> int:
+    _pass_signals_on(launcher.asked, attempts)
+    while (status := attempts.wait()) is None:
+        launcher = replace(launcher, recovering=attempts.recovering)
+        failure = _attempt(config, arguments, launcher, attempts, node)
+        if (status := attempts.settle(failure)) is not None:
+            break
+    return status
 
 
-def _attempt(config: Config, arguments: argparse.Namespace, launcher: Launcher, node: _Node) -> Failure | None:
-    """Run all ranks to their end. Each attempt has a rendezvous and a store of its own: ranks that meet the addresses
-    which the ranks before them left in a store connect to nobody."""
+def _attempt(
+    config: Config, arguments: argparse.Namespace, launcher: Launcher, attempts: Attempts, node: _Node
+) -> Failure | None:
+    """Run the ranks of this node to their end."""
     launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=config.layout.world_size,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        **attempts.rendezvous(),
+        nproc_per_node=node.ranks,
         max_restarts=0,
         start_method="forkserver",
         shutdown_timeout=config.recovery.grace_seconds,
@@ -200,20 +221,27 @@ def _attempt(config: Config, arguments: argparse.Namespace, launcher: Launcher, 
         logs_specs=DefaultLogsSpecs(log_dir=node.scratch),
     )
     node.server.ensure_running()
-    look = None if node.board is None else node.board.watched(config.recovery.hang_factor)
-    with _Watch(node.server, look) as watch:
+    first, whole = attempts.first_rank, node.ranks == config.layout.world_size
+    look = None if node.board is None else node.board.watched(config.recovery.hang_factor, first, whole)
+    finished = Flag(Path(node.scratch, f"finished-{uuid.uuid4().hex}"))
+    with _Watch(node.server, attempts, finished, look) as watch:
         try:
-            elastic_launch(launch, _rank)(config, arguments, launcher, watch.finished)
+            elastic_launch(launch, _rank)(config, arguments, launcher, finished)
         except ChildFailedError as error:
-            _, first = error.get_first_failure()
-            noticed = time.monotonic() if watch.noticed is None else watch.noticed
-            hung = watch.hang is not None and first.local_rank in watch.hang.processes
-            cause = f"ended as it hung: {watch.hang.words}" if watch.hang is not None and hung else _cause(first)
-            return Failure(first.local_rank, first.exitcode, cause, noticed)
+            return _failure(*error.get_first_failure(), watch)
+        except (RendezvousError, DistError) as error:  # another node ended before it had come to the store
+            return Failure(None, train.FAILED, f"the nodes did not meet: {error}", time.monotonic(), follows=True)
     return None
 
 
-def _pass_signals_on(asked: multiprocessing.synchronize.Event) -> None:
+def _failure(rank: int, first: ProcessFailure, watch: _Watch) -> Failure:
+    noticed = time.monotonic() if watch.noticed is None else watch.noticed
+    hung = watch.hang is not None and rank in watch.hang.processes
+    cause = f"ended as it hung: {watch.hang.words}" if watch.hang is not None and hung else _cause(rank, first.exitcode)
+    return Failure(rank, first.exitcode, cause, noticed, follows=watch.elsewhere)
+
+
+def _pass_signals_on(asked: Flag, attempts: Attempts) -> None:
     """Make a signal what torch's launcher passes on to all ranks, and set ``asked``, because torch sends the same
     signal when a rank has died; repeats within a moment are the same request."""
     last = -ONE_REQUEST_SECONDS
@@ -224,49 +252,25 @@ def _pass_signals_on(asked: multiprocessing.synchronize.Event) -> None:
             return
         last = time.monotonic()
         asked.set()
+        attempts.asked_to_stop(number)
         if not multiprocessing.active_children():  # no rank that could say it
-            say_not_begun()
+            say_between_attempts() if attempts.begun else say_not_begun()
         raise SignalException("asked to stop", sigval=signal.Signals(number))
 
     for heard in heeded():
         signal.signal(heard, handle)
 
 
-def _cause(first: ProcessFailure) -> str:
+def _cause(rank: int, status: int) -> str:
     """What is known from outside about the rank that failed first."""
-    if first.exitcode == LOST_SERVER:
+    if status == LOST_SERVER:
         return "the process that started the ranks was ended"
-    if first.exitcode < 0:
-        return f"rank {first.local_rank} was ended by {signal.Signals(-first.exitcode).name}"
-    return f"rank {first.local_rank} failed"
+    if status < 0:
+        return f"rank {rank} was ended by {signal.Signals(-status).name}"
+    return f"rank {rank} failed"
 
 
-def _explained(failure: Failure, events: Sequence[Mapping[str, Any]]) -> Failure:
-    """With the rank's own words, where ``events``, those of the attempt, have some."""
-    if failure.status != train.FAILED:
-        return failure
-    names = ("failed", "lost a peer")
-    own = (e["error"] for e in events if e.get("event") in names and e.get("rank") == failure.rank)
-    words = next(own, None)
-    return failure if words is None else replace(failure, cause=f"{failure.cause}: {words}")
-
-
-def _note(folder: RunFolder, failure: Failure, step: int) -> None:
-    """Record a failure after ``step``, if there is a folder to record it in; on the screen it is said anyway."""
-    with contextlib.suppress(OSError):
-        folder.events.write("failure", rank=failure.rank, cause=failure.cause, step=step)
-
-
-def _say_the_end(failure: Failure, most: int) -> None:
-    """One line about a failure that is not recovered from, where the rank itself could not say it all."""
-    spent = f"; recovery.max_restarts={most} is used up" if most else ""
-    if spent or failure.status != train.FAILED:
-        print(f"error: {failure.cause}{spent}; to go on, give the same command", file=sys.stderr)
-
-
-def _rank(
-    config: Config, arguments: argparse.Namespace, launcher: Launcher, finished: multiprocessing.synchronize.Event
-) -> None:
+def _rank(config: Config, arguments: argparse.Namespace, launcher: Launcher, finished: Flag) -> None:
     """What each rank runs: the same as under torchrun. The server that forked it outlives a launcher that is killed;
     the rank must not."""
     output.prepare()

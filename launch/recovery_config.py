@@ -33,6 +33,9 @@ class RecoveryConfig:
     grace_seconds: int = 120
     """Seconds from SIGTERM, SIGINT or SIGHUP to ``dualpipe train`` in which the ranks may finish their step, write a
     checkpoint and leave; who is left then is killed. Under torchrun, its own --shutdown-timeout decides."""
+    node_wait_seconds: float = 600.0
+    """How long the nodes of ``dualpipe train --nnodes`` wait for each other, at the start and for one that takes a lost
+    one's place, before they end."""
 
     def __post_init__(self) -> None:
         for key in ("max_restarts", "replicate_every", "max_bad_steps", "hash_every"):
@@ -43,6 +46,7 @@ class RecoveryConfig:
         sane = self.slow_factor == 0 or 1 < self.slow_factor <= 1e6
         check(sane, "recovery.slow_factor", self.slow_factor, "must be 0, or above 1 and at most 1000000")
         check_count("recovery.grace_seconds", self.grace_seconds, least=1, limit=DAY_SECONDS)
+        check(self.node_wait_seconds > 0, "recovery.node_wait_seconds", self.node_wait_seconds, "must be positive")
         needless = self.replicate_every > 0 and self.max_restarts == 0
         rule = "needs recovery.max_restarts of at least 1: nobody else gives ranks what memory kept"
         check(not needless, "recovery.replicate_every", self.replicate_every, rule)

@@ -5,7 +5,7 @@ data.json         the fingerprint of the text that the run trains on
 skipped.json      where the batches begin that bad steps were blamed on
 metrics.jsonl     one object a step            events.jsonl      starts, ends, failures
 checkpoints/      what a restart goes on from  failures/         a traceback for every rank that failed
-lock              held while a run is training
+lock              held while a run is training   nodes             who takes part, where several nodes train it
 hugging_face/     what came with an imported model whose tokens are not bytes: ``data.tokenizer``
 """
 
@@ -43,6 +43,7 @@ class RunFolder:
         self.metrics_file = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.failures = self.path / "failures"
+        self.nodes_file = self.path / "nodes"
         self.events = EventLog(self.path / "events.jsonl")
 
     def changes(self, config: Config, fingerprint: str) -> list[str]:

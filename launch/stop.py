@@ -11,8 +11,11 @@ import signal
 import sys
 import threading
 import time
-from multiprocessing.synchronize import Event
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from launch.launcher import Flag
 
 ONE_REQUEST_SECONDS = 2.0
 """One Ctrl-C reaches a rank twice, from the terminal and from the launcher: what follows within this time is the same
@@ -50,6 +53,10 @@ def say_not_begun() -> None:
     print("stopped before the first step", file=sys.stderr, flush=True)
 
 
+def say_between_attempts() -> None:
+    print("stopped while no rank trained; to go on, give the same command", file=sys.stderr, flush=True)
+
+
 class StopRequest:
     """Whether a rank was asked to stop: ``signal`` is the number that asked, or None.
 
@@ -59,9 +66,11 @@ class StopRequest:
     SIGTERM is also what torch sends to those that outlive another rank, and then nobody is told that the run stops.
     """
 
-    def __init__(self, leads: bool, asked: Event | None = None) -> None:
+    def __init__(self, leads: bool, asked: "Flag | None" = None) -> None:
         self.signal: int | None = None
         self.graceful = False
+        self.terminated = threading.Event()
+        """Set by SIGTERM, whoever sent it."""
         self._leads, self._asked = leads, asked
         self._when = 0.0
         arrivals, wakeup = os.pipe()
@@ -91,6 +100,8 @@ class StopRequest:
                     self._receive(number)
 
     def _receive(self, number: int) -> None:
+        if number == signal.SIGTERM:
+            self.terminated.set()
         if not self.graceful:
             if self._leads:
                 say_not_begun()

@@ -1,8 +1,10 @@
 """``dualpipe train CONFIG [key=value ...]``: train a model, or go on with a run.
 
-Under torchrun this is one rank; otherwise it starts the ranks of the layout on this machine itself (``local.py``).
+Under torchrun this is one rank; otherwise it starts the ranks of the layout on this machine itself (``local.py``), or
+its part of them, where the same command runs on several.
 
     dualpipe train configs/tiny-cpu.yaml train.steps=20
+    dualpipe train configs/X.yaml --nnodes 16           # on each of 16 nodes
     torchrun --nnodes 16 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
         -m launch.train configs/X.yaml
 """
@@ -13,6 +15,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -23,6 +26,7 @@ from typing import TYPE_CHECKING, NoReturn
 from launch import output, stop
 from launch.config import Config, ConfigError, check_world_size, load
 from launch.data import DataError, open_dataset
+from launch.nodes.roster import NodeCount
 from launch.run_folder import RunFolder, tokenizer_of
 
 if TYPE_CHECKING:
@@ -48,14 +52,35 @@ def parser() -> argparse.ArgumentParser:
     command = _Parser(
         prog="dualpipe train",
         description="Train a model through a pipeline schedule, or go on with the run in run.dir.",
-        epilog="example: dualpipe train configs/tiny-cpu.yaml train.steps=20 run.dir=runs/short",
+        epilog="example: dualpipe train configs/tiny-cpu.yaml train.steps=20 run.dir=runs/short; on each of two "
+        "machines: dualpipe train configs/tiny-cpu.yaml run.dir=/shared/runs/two --nnodes 2",
     )
     command.add_argument("config", metavar="CONFIG", help="YAML file with the configuration, or the folder of a run")
     command.add_argument(
         "overrides", metavar="key=value", nargs="*", default=[], help="values that replace those of the file"
     )
+    command.add_argument(
+        "--nnodes",
+        metavar="N[:M]",
+        type=_node_count,
+        default=NodeCount(),
+        help="give the same command on N machines that share run.dir; up to M - N more wait as spares for a lost one",
+    )
+    command.add_argument(
+        "--local-addr",
+        metavar="HOST",
+        default=socket.gethostname(),
+        help="this machine's name or address, as the other nodes reach it (default: its host name)",
+    )
     command.add_argument("--json", action="store_true", help="print nothing but the summary, as one JSON object")
     return command
+
+
+def _node_count(text: str) -> NodeCount:
+    try:
+        return NodeCount.parse(text)
+    except ValueError as error:
+        raise ConfigError(f"--nnodes={text} {error}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return _refuse(error)
     arguments.command = invocation(sys.argv[0], os.environ, Path.cwd())
-    return as_rank(arguments) if "RANK" in os.environ else as_launcher(arguments)
+    if arguments.nnodes != NodeCount():
+        arguments.command += f" --nnodes {arguments.nnodes}"
+    if "RANK" not in os.environ:
+        return as_launcher(arguments)
+    if arguments.nnodes != NodeCount():
+        return _refuse(ConfigError(f"--nnodes={arguments.nnodes} must be left out under torchrun, which has its own"))
+    return as_rank(arguments)
 
 
 def invocation(program: str, environment: Mapping[str, str], folder: Path) -> str:
@@ -102,7 +133,7 @@ def as_launcher(arguments: argparse.Namespace) -> int:
     try:
         stop.end_at_once()
         config = configuration(arguments)
-        _check_room(config)
+        _check_room(config, arguments.nnodes)
         RunFolder(config).changes(config, open_dataset(config).fingerprint)
         from launch.local import start
 
@@ -114,13 +145,17 @@ def as_launcher(arguments: argparse.Namespace) -> int:
         return 128 + stopped.number
 
 
-def _check_room(config: Config) -> None:
+def _check_room(config: Config, nodes: NodeCount) -> None:
     """Refuse to start the ranks of a cluster on one machine."""
-    ranks, most = config.layout.world_size, max(LOCAL_RANKS_LIMIT, 4 * (os.cpu_count() or 1))
+    try:
+        ranks = nodes.ranks_on_each(config.layout.world_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    most = max(LOCAL_RANKS_LIMIT, 4 * (os.cpu_count() or 1))
     if ranks > most:
         raise ConfigError(
-            f"layout.pipeline={config.layout.pipeline} x layout.data={config.layout.data} = {ranks} ranks must be at "
-            f"most {most} to be started on this machine; torchrun starts them on several"
+            f"layout.pipeline={config.layout.pipeline} x layout.data={config.layout.data} = {config.layout.world_size} "
+            f"ranks must be at most {most} to be started on this machine; --nnodes starts them on several"
         )
 
 
@@ -177,7 +212,7 @@ def check_supervision(config: Config, launcher: "Launcher | None") -> None:
         if value and launcher is None:
             raise ConfigError(
                 f"recovery.{key}={value} must be 0 under torchrun, whose agents keep no memory for ranks and do not "
-                "watch what they do"
+                "watch what they do; dualpipe train --nnodes does"
             )
 
 

@@ -84,6 +84,7 @@ class Trainer:
         try:
             job = job_of(config, self.device, self.here.local_world_size, self.data.document_end)
             self.worker = Worker(job, self.rank, store_of_the_job())
+            self.worker.activity.ending = self.stop.terminated
             if self.launcher is not None and self.launcher.board is not None:
                 record = BoardRecord(self.launcher.board, self.here.local_rank)
                 self.worker.activity.publish(record.write, BEAT_SECONDS)

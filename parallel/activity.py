@@ -98,6 +98,8 @@ class Activity:
         self._step_seconds: deque[float] = deque(maxlen=STEPS_KEPT)
         self._steps = 0
         self.step, self.stepping = 0, False
+        self.ending = threading.Event()
+        """Set when somebody else knows who is to blame, and ends this process: then there is no verdict to wait for."""
         if store is not None:
             key = _key(rank)
             self.publish(lambda text: store.set(key, text), self._beat_s)
@@ -190,8 +192,8 @@ class Activity:
             known = self._store.compare_set("activity/verdict", "", "").decode()
             if not known:
                 before = self.read()
-                time.sleep(SILENT_BEATS * self._beat_s)
-                found = judge(before, self.read(), self.rank)
+                ended = self.ending.wait(SILENT_BEATS * self._beat_s)
+                found = None if ended else judge(before, self.read(), self.rank)
                 known = self._store.compare_set("activity/verdict", "", found.words).decode() if found else ""
             return known or None
         return None
@@ -199,10 +201,12 @@ class Activity:
 
 @dataclass(frozen=True)
 class Blame:
-    """The ranks that keep the others waiting, and what is known of them, in words."""
+    """The ranks that keep the others waiting, and what is known of them, in words. ``silent``: whether that is that
+    they are."""
 
     ranks: tuple[int, ...]
     words: str
+    silent: bool = False
 
 
 def judge(
@@ -216,7 +220,7 @@ def judge(
         last = after[silent[0]]
         seen = f"{last['operation']} ({last['computing']}, step {last['step']})"
         names = f"ranks {', '.join(map(str, silent))} are" if len(silent) > 1 else f"rank {silent[0]} is"
-        return Blame(silent, f"{names} silent, dead or stopped, last heard of in {seen}")
+        return Blame(silent, f"{names} silent, dead or stopped, last heard of in {seen}", silent=True)
     computing = [rank for rank in after if after[rank]["operation"] == COMPUTING]
     if not computing:
         return _missed(after)

@@ -7,7 +7,16 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.hang import LONGEST_GAP_SECONDS, SHORTEST_SECONDS, Board, BoardRecord, Hang, Readings, Watch
+from launch.hang import (
+    ELSEWHERE_SECONDS,
+    LONGEST_GAP_SECONDS,
+    SHORTEST_SECONDS,
+    Board,
+    BoardRecord,
+    Hang,
+    Readings,
+    Watch,
+)
 from parallel.activity import COMPUTING, Activity
 
 LOOK_SECONDS = 0.05
@@ -70,6 +79,20 @@ def test_a_rank_that_computes_while_others_wait_is_named_and_a_quick_step_hangs_
     assert found[1].processes == {0: 100} and "rank 0 did not come" in found[1].words
 
 
+def test_where_part_of_the_job_is_seen_only_who_is_here_for_sure_is_named() -> None:
+    def stopped(beat: int) -> Readings:
+        return everyone(beat) | {2: record(3, pid=102)}
+
+    def computing(beat: int) -> Readings:
+        return everyone(beat) | {0: record(beat, pid=100, operation=COMPUTING, seconds=0.1 * beat)}
+
+    assert watched(60, everyone, watch=Watch(10.0, whole=False)) is None, "they wait for a rank of another node"
+    found = watched(10, stopped, watch=Watch(10.0, whole=False))
+    assert found is not None and found[0] < 2.3 and found[1].processes == {2: 102}
+    found = watched(10, computing, watch=Watch(10.0, whole=False))
+    assert found is not None and found[0] > 2.0 + ELSEWHERE_SECONDS and found[1].processes == {0: 100}
+
+
 def test_nobody_is_spared_when_all_wait_for_each_other() -> None:
     found = watched(10, everyone)
     assert found is not None and found[1].processes == {rank: 100 + rank for rank in range(RANKS)}
@@ -120,5 +143,4 @@ def test_the_board_has_what_a_rank_does() -> None:
         assert readings[0]["operation"] == COMPUTING and not readings[0]["stepping"]
         assert (readings[1]["operation"], readings[1]["turns"], readings[1]["step"]) == ("dispatch", 1, 5)
         assert readings[1]["stepping"] and readings[1]["pid"] == os.getpid()
-        board.clear()
-        assert board.read() is None
+        assert board.watched(10.0)(0.0) is None and board.read() is None, "cleared for the next attempt"

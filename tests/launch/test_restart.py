@@ -12,8 +12,10 @@ import psutil
 import pytest
 
 from launch import local
+from launch.attempts import Alone
+from launch.config import load
 from launch.drills.fault import PLAN, Action, Fault, Plan, Point
-from launch.launcher import LOST_SERVER, Failure
+from launch.launcher import LOST_SERVER, Failure, Flag
 from launch.train import DIVERGED, FAILED, USER_ERROR
 from tests.launch.runs import ONE_RANK, ROOT, command, entries, train
 
@@ -99,14 +101,15 @@ class _Server:
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_ranks_that_outlive_a_dead_one_are_killed_unless_they_all_left(
-    finished: bool, monkeypatch: pytest.MonkeyPatch
+    finished: bool, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local, "GRACE_SECONDS", 0.3)
     server = _Server(2)
     first, second = server.processes
-    with local._Watch(server) as watch:
+    flag = Flag(tmp_path / "finished")
+    with local._Watch(server, Alone(load(config)), flag) as watch:
         if finished:
-            watch.finished.set()
+            flag.set()
         while len(watch._seen) < 2:
             pass
         first.kill()

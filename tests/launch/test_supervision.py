@@ -1,12 +1,11 @@
 """What only a launcher of our own does for its ranks is refused where there is none."""
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
 
 from launch.config import ConfigError, from_dict
-from launch.launcher import Launcher
+from launch.launcher import Flag, Launcher
 from launch.train import check_supervision
 
 
@@ -17,4 +16,4 @@ def test_under_torchrun_what_nobody_does_is_refused(recovery: dict[str, float], 
     key = next(iter(recovery))
     with pytest.raises(ConfigError, match=rf"^recovery\.{key}=\S+ must be 0 under torchrun"):
         check_supervision(config, None)
-    check_supervision(config, Launcher(multiprocessing.Event()))
+    check_supervision(config, Launcher(Flag(tmp_path / "asked")))
