@@ -131,6 +131,10 @@ def _drill_scenarios(arguments: argparse.Namespace) -> list[bool]:
         ranks, fewest = config.layout.world_size, scenario.fewest_ranks
         if ranks < fewest:
             raise UsageError(f"scenario {scenario.name} means nothing on {ranks} rank: it needs {fewest} at least")
+        if ranks % scenario.nodes:
+            raise UsageError(
+                f"scenario {scenario.name}: its {scenario.nodes} nodes must divide the run's {ranks} ranks"
+            )
         Plan(Path(drive.PLAN_FILE), scenario.faults).check(drive.drilled(config, Path("run"), scenario))
     with tempfile.TemporaryDirectory(prefix="dualpipe-drill-") as folder:
         verdicts = _run(chosen, config, Path(folder), arguments)

@@ -114,11 +114,12 @@ def disturbed(scenario: Scenario, config: Config, folder: Path, control: bool, l
     """Run a scenario in a fresh folder; ``control``: without what protects the run. Each start may take
     ``limit_seconds``. Raises ConfigError for faults that would never happen to this configuration."""
     plan = Plan(folder / PLAN_FILE, scenario.faults, verify_checkpoints=not control)
-    with Drive(drilled(config, folder / "run", scenario, control), plan, limit_seconds) as drive:
+    with Drive(drilled(config, folder / "run", scenario, control), plan, limit_seconds, scenario.nodes) as drive:
         attempts = [drive.start(scenario.interrupt)]
         damaged: tuple[str, ...] = ()
         # A launcher that was killed cannot remove its temporary files; its processes have to be gone all the same.
-        leftovers = drive.leftovers(files_too=scenario.interrupt is not signal.SIGKILL)
+        killed = scenario.interrupt is signal.SIGKILL or scenario.nodes > 1
+        leftovers = drive.leftovers(files_too=not killed)
         if scenario.again is Again.USER and attempts[0].status == scenario.status:
             if scenario.damage is not None:
                 damaged = drive.damage(scenario.damage)
@@ -131,15 +132,15 @@ def disturbed(scenario: Scenario, config: Config, folder: Path, control: bool, l
 
 class Drive:
     """The starts of one run, whose folder and configuration are in the folder of its plan, which is made here; each may
-    take ``limit_seconds``.
+    take ``limit_seconds``. On several ``nodes``, launchers on this machine, a start has one more as a spare.
 
     A context manager; once it is left, by whatever way, no process of the run is alive.
     """
 
-    def __init__(self, config: Config, plan: Plan, limit_seconds: float = math.inf) -> None:
+    def __init__(self, config: Config, plan: Plan, limit_seconds: float = math.inf, nodes: int = 1) -> None:
         folder = plan.file.parent
         plan.check(config)
-        self.plan, self.limit_seconds, self.run = plan, limit_seconds, RunFolder(config)
+        self.plan, self.limit_seconds, self.nodes, self.run = plan, limit_seconds, nodes, RunFolder(config)
         self.config_file, self.output, self.temporary = folder / "config.yaml", folder / "output.txt", folder / "tmp"
         self.interrupted: float | None = None
         """When the launcher was sent a signal, in seconds of ``time.time``."""
@@ -166,29 +167,38 @@ class Drive:
         """Train until the command ends, or until ``limit_seconds`` are over; ``interrupt`` it once that ``is_due``: it
         is asked with the steps done, every ``poll_seconds``."""
         resumed, before, began = len(self._resumes()), self._last_entry(), time.time()
-        environment = {**os.environ, PLAN: str(self.plan.file), "TMPDIR": str(self.temporary)}
-        words = [sys.executable, "-m", "launch.cli", "train", str(self.config_file), "--json"]
-        with self.output.open("w") as output:
-            process = subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # Ctrl-C is for the drill
-                preexec_fn=die_with_parent,
-            )
+        launchers = self._launch()
         stepped = None
-        while process.poll() is None and time.time() - began < self.limit_seconds:
+        while _status(launchers) is None and time.time() - began < self.limit_seconds:
             entry = self._last_entry()
             # What is taken again has its old place in the metrics for a moment.
             if stepped is None and entry != before and len(self._resumes()) > resumed:
                 stepped = time.time() if _step(entry) > self._resumes()[-1] else None
             if interrupt is not None and self.interrupted is None and is_due(_step(entry)):
                 self.interrupted = time.time()
-                process.send_signal(interrupt)
+                launchers[0].send_signal(interrupt)
             time.sleep(poll_seconds)
-        return Attempt(began, time.time(), stepped, process.poll(), self.steps(), self.output.read_text())
+        return Attempt(began, time.time(), stepped, _status(launchers), self.steps(), self.output.read_text())
+
+    def _launch(self) -> list[subprocess.Popen[bytes]]:
+        environment = {**os.environ, PLAN: str(self.plan.file), "TMPDIR": str(self.temporary)}
+        words = [sys.executable, "-m", "launch.cli", "train", str(self.config_file), "--json"]
+        spare = 1 if self.nodes > 1 else 0
+        if spare:
+            words += ["--nnodes", f"{self.nodes}:{self.nodes + spare}"]
+        with self.output.open("w") as output:
+            return [
+                subprocess.Popen(
+                    words,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,  # Ctrl-C is for the drill
+                    preexec_fn=die_with_parent,
+                )
+                for _ in range(self.nodes + spare)
+            ]
 
     def damage(self, damage: Damage) -> tuple[str, ...]:
         """Damage the newest checkpoint -> CHECKPOINT/FILE of what is damaged."""
@@ -240,6 +250,14 @@ class Drive:
     def _resumes(self) -> list[int]:
         """The steps of the checkpoints that were resumed from, in order."""
         return [entry["step"] for entry in self.run.events.entries() if entry.get("event") == "resume"]
+
+
+def _status(launchers: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Of a start; None before all have ended. One of several may have been killed with its node."""
+    statuses = [launcher.poll() for launcher in launchers]
+    if len(statuses) > 1 and -signal.SIGKILL in statuses:
+        statuses.remove(-signal.SIGKILL)
+    return None if None in statuses else next((status for status in statuses if status), 0)
 
 
 def _step(entry: dict[str, Any] | None) -> int:

@@ -46,6 +46,8 @@ class Action(enum.Enum):
     RAISE = "InjectedError"
     LOSE_MEMORY = "SIGKILL, memory lost"
     """SIGKILL, after all that memory held with this rank is gone, its own snapshots and its peer's: as with a node."""
+    LOSE_NODE = "was lost"
+    """SIGKILL to the launcher of the rank and to all that it started, as when a node loses its power."""
     NAN = "not finite"
     """One of the rank's gradients is no number any more."""
     SPIKE = "spike"

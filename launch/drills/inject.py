@@ -6,6 +6,7 @@ points, and Python's audit events, which tell of every file that is opened or re
 
 import ctypes
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -18,10 +19,11 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from launch.config import Config
-from launch.drills.fault import Action, Fault, Plan, Point
+from launch.drills.fault import PLAN, Action, Fault, Plan, Point
 from launch.run_folder import RunFolder
 from parallel import checkpoint
 from parallel.replica import Replica
@@ -197,6 +199,21 @@ def _first(mark: Path) -> bool:
     return True
 
 
+def _lose_node() -> None:
+    """None of its processes may see another one end, so all are stopped first. They are the drill's own: the launcher
+    was given its plan."""
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None and launcher.pid is not None
+    node = psutil.Process(launcher.pid)
+    assert node.environ()[PLAN] == os.environ[PLAN], node
+    others = [process for process in (node, *node.children(recursive=True)) if process.pid != os.getpid()]
+    for process in others:
+        process.suspend()
+    for process in others:
+        process.kill()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _act(action: Action, here: _Here) -> None:
     worker = here.worker
     match action:
@@ -206,6 +223,8 @@ def _act(action: Action, here: _Here) -> None:
             if here.replica is not None:
                 here.replica.forget()
             os.kill(os.getpid(), signal.SIGKILL)
+        case Action.LOSE_NODE:
+            _lose_node()
         case Action.SEGFAULT:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             ctypes.string_at(0)

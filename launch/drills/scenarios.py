@@ -47,6 +47,8 @@ class Scenario:
     all otherwise."""
     fewest_ranks: int = 1
     """With fewer the scenario means nothing."""
+    nodes: int = 1
+    """Launchers that start a part of the ranks each; where there are several, one more waits as a spare."""
     guard: RecoveryConfig | None = None
     """What watches the numbers, or the ranks, or bounds their time."""
     skips: bool = False
@@ -66,6 +68,11 @@ def _hangs(name: str, action: Action, point: Point, broken: str, rank: int = -1)
 def _unsaved(name: str, action: Action, broken: str) -> Scenario:
     killed = Fault(action, -1, _FAULT_STEP, Point.FORWARD)
     return Scenario(name, broken, 1, (killed,), again=Again.LAUNCHER, replicated=True)
+
+
+def _loses_node(name: str, rank: int, broken: str) -> Scenario:
+    lost = Fault(Action.LOSE_NODE, rank, _FAULT_STEP, Point.FORWARD)
+    return Scenario(name, broken, 1, (lost,), again=Again.LAUNCHER, replicated=True, fewest_ranks=2, nodes=2)
 
 
 def _slow(times: float) -> Scenario:
@@ -112,6 +119,8 @@ _ALL = (
     ),
     _unsaved("kill-unsaved", Action.KILL, "last rank killed, and there is no checkpoint"),
     _unsaved("lose-memory", Action.LOSE_MEMORY, "last rank and its node's memory lost; no checkpoint"),
+    _loses_node("lose-node", -1, "node 1 of 2 lost, one is spare; no checkpoint"),
+    _loses_node("lose-node-store", 0, "node 0 of 2 lost, which has the store; no checkpoint"),
     Scenario(
         "kill-two",
         "first and last rank killed at once",

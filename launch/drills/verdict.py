@@ -198,6 +198,10 @@ def _named(fault: Fault, scenario: Scenario, evidence: Evidence, events: list[di
                     return f"{event['why']} (step {fault.step})"
             case "slow rank" if fault.action is Action.SLOW and fault.happens_to(event["rank"], ranks):
                 return f"rank {event['rank']} is slow: {event['times']:.1f} times"
+            case "failure" if fault.action is Action.LOSE_NODE and event["rank"] is None:
+                owners = range(ranks)[event["node"] * ranks // scenario.nodes :][: ranks // scenario.nodes]
+                if word in event["cause"] and any(fault.happens_to(rank, ranks) for rank in owners):
+                    return str(event["cause"])
             case "failure" if word in event["cause"] and fault.happens_to(event["rank"], ranks):
                 return str(event["cause"])
     return None

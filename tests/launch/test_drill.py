@@ -290,6 +290,18 @@ def test_of_faults_in_succession_each_has_to_be_named(tmp_path: Path, monkeypatc
     assert at_once.passed, "of two at once the launcher sees one end first"
 
 
+@pytest.mark.parametrize(("name", "place"), [("lose-node", 1), ("lose-node-store", 0)])
+def test_a_lost_node_has_to_be_named(name: str, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdict, "ending", lambda folder: GOOD)
+    lost = {"event": "failure", "rank": None, "node": place, "cause": f"node {place} (host) was lost", "step": 5}
+    resume = {"event": "resume", "step": 5}
+    good = judge(SCENARIOS[name], _events(tmp_path, lost, resume), GOOD)
+    assert good.passed and good.culprit == lost["cause"]
+    for wrong in ({"node": 1 - place}, {"rank": 3 * place, "cause": "rank 3 was ended by SIGKILL"}):
+        found = judge(SCENARIOS[name], _events(tmp_path, {**lost, **wrong}, resume), GOOD)
+        assert found.problems == ["the culprit was not named"]
+
+
 def test_a_slow_rank_has_to_be_named_alone_and_the_run_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
