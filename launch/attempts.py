@@ -27,7 +27,7 @@ class Attempts(Protocol):
 
     @property
     def begun(self) -> bool:
-        """Whether there was an attempt."""
+        """Whether an attempt has ended."""
 
     def asked_to_stop(self, number: int) -> None:
         """Signal ``number`` was sent to this launcher; called where nothing can be waited for."""
@@ -65,7 +65,6 @@ class Alone:
         pass
 
     def wait(self) -> int | None:
-        self.begun = True
         self._journal.begin()
         return None
 
@@ -87,6 +86,7 @@ class Alone:
         pass
 
     def settle(self, failure: Failure | None) -> int | None:
+        self.begun = True
         if failure is None:
             return 0
         if not failure.can_recover:

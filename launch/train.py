@@ -62,8 +62,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--nnodes",
         metavar="N[:M]",
-        type=_node_count,
-        default=NodeCount(),
+        default="1",
         help="give the same command on N machines that share run.dir; up to M - N more wait as spares for a lost one",
     )
     command.add_argument(
@@ -76,18 +75,12 @@ def parser() -> argparse.ArgumentParser:
     return command
 
 
-def _node_count(text: str) -> NodeCount:
-    try:
-        return NodeCount.parse(text)
-    except ValueError as error:
-        raise ConfigError(f"--nnodes={text} {error}") from None
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 trained, 2 bad input, 1 failed, 128 + N stopped by signal N."""
     output.prepare()
     try:
         arguments = parser().parse_intermixed_args(argv)
+        arguments.nnodes = NodeCount.parse(arguments.nnodes)
     except ConfigError as error:
         return _refuse(error)
     arguments.command = invocation(sys.argv[0], os.environ, Path.cwd())
@@ -147,10 +140,7 @@ def as_launcher(arguments: argparse.Namespace) -> int:
 
 def _check_room(config: Config, nodes: NodeCount) -> None:
     """Refuse to start the ranks of a cluster on one machine."""
-    try:
-        ranks = nodes.ranks_on_each(config.layout.world_size)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    ranks = nodes.ranks_on_each(config.layout.world_size)
     most = max(LOCAL_RANKS_LIMIT, 4 * (os.cpu_count() or 1))
     if ranks > most:
         raise ConfigError(

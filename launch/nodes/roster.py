@@ -11,6 +11,8 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from launch.config_file import ConfigError
+
 FAILED = 1
 """The command's exit status, as ``launch.train`` has it."""
 
@@ -24,20 +26,20 @@ class NodeCount:
 
     @classmethod
     def parse(cls, text: str) -> "NodeCount":
-        """``"16"``, or ``"16:18"`` with two that are spare. Raises ValueError with the rule, to stand behind the
-        value."""
+        """``"16"``, or ``"16:18"`` with two that are spare. Raises ConfigError."""
         found = re.fullmatch(r"([0-9]{1,6})(?::([0-9]{1,6}))?", text)
         if not found or not 0 < int(found[1]) <= int(found[2] or found[1]):
-            raise ValueError("must be the number of nodes, such as 16, or 16:18 with two that are spare")
+            rule = "must be the number of nodes, such as 16, or 16:18 with two that are spare"
+            raise ConfigError(f"--nnodes={text} {rule}")
         return cls(int(found[1]), int(found[2] or found[1]))
 
     def __str__(self) -> str:
         return f"{self.needed}:{self.most}" if self.most > self.needed else str(self.needed)
 
     def ranks_on_each(self, ranks: int) -> int:
-        """Raises ValueError unless all nodes have as many."""
+        """Raises ConfigError unless all nodes have as many."""
         if ranks % self.needed:
-            raise ValueError(f"--nnodes={self} must divide the {ranks} ranks of layout.pipeline x layout.data")
+            raise ConfigError(f"--nnodes={self} must divide the {ranks} ranks of layout.pipeline x layout.data")
         return ranks // self.needed
 
 

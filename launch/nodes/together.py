@@ -36,6 +36,7 @@ class Together:
         most_restarts = config.recovery.max_restarts
         self.member = Member(RosterFile(folder.nodes_file), (job, nodes, most_restarts), self._note)
         self.recovering: Failure | None = None
+        self.begun = False
         self._attempt, self._place = 0, -1
         self._noticed: float | None = None
         self._announced: int | None = -1
@@ -54,10 +55,6 @@ class Together:
     @property
     def first_rank(self) -> int:
         return self._place * self.ranks_per_node
-
-    @property
-    def begun(self) -> bool:
-        return self._attempt > 0
 
     def asked_to_stop(self, number: int) -> None:
         self.member.stop_asked = number
@@ -107,6 +104,7 @@ class Together:
             self.member.look(lambda roster: roster.break_off(self.member.name, self._attempt))
 
     def settle(self, failure: Failure | None) -> int | None:
+        self.begun = True
         if failure is None:
             self.member.look(self._finish)
             return 0
