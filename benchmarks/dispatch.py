@@ -1,6 +1,6 @@
 """Dispatch in one hop against two, BF16 against FP8, on emulated nodes with links capped in the H800's ratio 160 : 50.
 
-    python -m benchmarks.dispatch [--nodes 2,4] [--ranks-per-node 4] [--tokens 32] [--rounds 3] [--chunks 2] [--json]
+    python -m benchmarks.dispatch [--nodes 2,4] [--ranks-per-node 4] [--tokens 96] [--rounds 3] [--chunks 4] [--json]
 
 Tokens of DeepSeek-V3's size, 7168 channels, go to 8 of 256 experts on at most 4 nodes, chosen at random, and back,
 forward (dispatch, combine) and backward (their gradients); no expert computes. *Flat* is one all-to-all over all ranks:
@@ -154,9 +154,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--nodes", type=sizes, default=[2, 4], metavar="2,4", help="sizes of the clusters, one after the other"
     )
     parser.add_argument("--ranks-per-node", type=positive, default=4)
-    parser.add_argument("--tokens", type=positive, default=32, help="of each rank")
+    parser.add_argument("--tokens", type=positive, default=96, help="of each rank")
     parser.add_argument("--rounds", type=positive, default=3, help="measured turns of each side")
-    parser.add_argument("--chunks", type=positive, default=2, help="of a hierarchical dispatch")
+    parser.add_argument("--chunks", type=positive, default=4, help="of a hierarchical dispatch")
     parser.add_argument("--json", action="store_true", help="print one JSON object; the tables go to stderr")
     options = parser.parse_args(arguments)
     console = Console(stderr=options.json)

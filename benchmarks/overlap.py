@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=positive, default=1, help="of a stage")
     parser.add_argument("--tokens", type=positive, default=24, help="of each rank in a micro-batch")
     parser.add_argument("--chunks", type=positive, default=2, help="of a dispatch")
-    parser.add_argument("--rounds", type=positive, default=3, help="measured steps of each contestant")
+    parser.add_argument("--rounds", type=positive, default=3, help="measured steps of each contestant, after one that warms up")
     parser.add_argument("--inter-node-mbit", type=positive, default=INTER_NODE_MBIT, help="3.2 times it inside a node")
     parser.add_argument("--json", action="store_true", help="print one JSON object; the table goes to stderr")
     options = parser.parse_args(arguments)
