@@ -11,13 +11,15 @@ each phase of one half of a pair takes as long as what it is to hide of the othe
 
 The same step goes with overlapped pairs, with the halves of every pair one after the other, and as 1F1B, in turns. The
 *ratio* is a pair's to its computation alone; a step is compared with its simulation for the measured durations.
-Reductions and gathers run beside computation in the first and are waited for where they start in the others. Needs root
-and iproute2.
+Reductions and gathers run beside computation in the first and are waited for where they start in the others. Beside it
+the real model: ``configs/tiny-cpu.yaml`` in the same layout, computing on the cores that there are, at caps of 400 mbit
+between nodes. Needs root and iproute2.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,36 +32,58 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.dispatch import ROOT, positive
-from benchmarks.overlap_ranks import NODES, RANKS_PER_NODE, Setting
+from benchmarks.overlap_ranks import LAYOUT, NODES, RANKS_PER_NODE, Setting
 from launch.hosts import missing
+from launch.metrics import read_jsonl
 
 INTER_NODE_MBIT, RATIO = 20, 3.2
 """So low that phases take tenths of a second, and what processes do themselves hardly counts."""
 PARAMETERS = 1 << 15
+REAL_MBIT, REAL_STEPS, REAL_SCHEDULES = 400, 5, ("dualpipe", "1f1b")
 PUBLISHED = {"pair_ms": 129.0, "hidden": 0.963, "pair_to_computation": 129.0 / 124.3}
 """DeepSeek-V3's own training, a pair of four layers on 64 H800 (github.com/deepseek-ai/profile-data, train.json):
 112 GPU-milliseconds of 114.5 of communication hide; 124.3 of the pair's 129.0 are computation."""
 
 
+def on_cluster(inter_node_mbit: int, *command: str) -> None:
+    """A torchrun command on the nodes. Raises RuntimeError with what the cluster said when it fails."""
+    hosts = ["--nodes", str(NODES), "--ranks-per-node", str(RANKS_PER_NODE)]
+    caps = ["--inter-node", f"{inter_node_mbit}mbit", "--intra-node", f"{inter_node_mbit * RATIO:g}mbit"]
+    words = [sys.executable, "-m", "launch.cli", "hosts", *hosts, *caps, "--", "torchrun", *command]
+    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f"status {done.returncode}\n{done.stdout}")
+
+
 def run(setting: Setting, inter_node_mbit: int) -> dict[str, Any]:
-    """Raises RuntimeError with what the cluster said when it fails."""
+    """Raises RuntimeError."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        hosts = ["--nodes", str(NODES), "--ranks-per-node", str(RANKS_PER_NODE)]
-        caps = ["--inter-node", f"{inter_node_mbit}mbit", "--intra-node", f"{inter_node_mbit * RATIO:g}mbit"]
-        rank = ["torchrun", "-m", "benchmarks.overlap_ranks", json.dumps(asdict(setting)), str(result)]
-        words = [sys.executable, "-m", "launch.cli", "hosts", *hosts, *caps, "--", *rank]
-        done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode:
-            raise RuntimeError(f"status {done.returncode}\n{done.stdout}")
+        on_cluster(inter_node_mbit, "-m", "benchmarks.overlap_ranks", json.dumps(asdict(setting)), str(result))
         found: dict[str, Any] = json.loads(result.read_text())
     return {
         **asdict(setting),
         "inter_node_mbit": inter_node_mbit,
         **found,
         "published": PUBLISHED,
+        "real": {schedule: real_model(schedule) for schedule in REAL_SCHEDULES},
         "load_average": os.getloadavg()[0],
     }
+
+
+def real_model(schedule: str) -> dict[str, float]:
+    """``configs/tiny-cpu.yaml`` in the same layout on the same nodes: medians of a step's seconds and of what it hides
+    of dispatch and combine, after the first step. Its ranks share the cores. Raises RuntimeError."""
+    with tempfile.TemporaryDirectory() as folder:
+        layout = [f"layout.{key}={value}" for key, value in asdict(LAYOUT).items()]
+        one_run = [f"train.steps={REAL_STEPS}", "train.validate_every=0", f"run.dir={folder}/run"]
+        chosen = [f"schedule.name={schedule}", "dispatch.kind=hierarchical"]
+        on_cluster(REAL_MBIT, "-m", "launch.train", "configs/tiny-cpu.yaml", *layout, *one_run, *chosen)
+        entries = read_jsonl(Path(folder) / "run" / "metrics.jsonl")[1:]
+    times = [entry["dispatch"] for entry in entries]
+    hidden = [t["hidden_seconds"] / (t["hidden_seconds"] + t["exposed_seconds"]) for t in times]
+    seconds = statistics.median(entry["step_seconds"] for entry in entries)
+    return {"seconds": seconds, "hidden": statistics.median(hidden)}
 
 
 def print_result(console: Console, result: dict[str, Any]) -> None:
@@ -89,6 +113,8 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
             f"{1e3 * of['reduce_exposed_s']:.0f} ms of reductions, {1e3 * of['gather_exposed_s']:.0f} ms of gathers"
         )
         console.print(f"{name}: a rank waits for {exposed}", soft_wrap=True)
+    real = ", ".join(f"{of['seconds']:.2f} s and {of['hidden']:.0%} ({name})" for name, of in result["real"].items())
+    console.print(f"configs/tiny-cpu.yaml on the same nodes, a step and what it hides: {real}", soft_wrap=True)
     console.print(f"load average {result['load_average']:.1f}")
 
 
@@ -99,7 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=positive, default=1, help="of a stage")
     parser.add_argument("--tokens", type=positive, default=24, help="of each rank in a micro-batch")
     parser.add_argument("--chunks", type=positive, default=2, help="of a dispatch")
-    parser.add_argument("--rounds", type=positive, default=3, help="measured steps of each contestant, after one that warms up")
+    parser.add_argument(
+        "--rounds", type=positive, default=3, help="measured steps of each contestant, after one that warms up"
+    )
     parser.add_argument("--inter-node-mbit", type=positive, default=INTER_NODE_MBIT, help="3.2 times it inside a node")
     parser.add_argument("--json", action="store_true", help="print one JSON object; the table goes to stderr")
     options = parser.parse_args(arguments)
