@@ -42,7 +42,9 @@ class Costs:
     """Durations of the operations, and bytes. Raises ValueError, naming the key, for what cannot be.
 
     ``at_stage`` and ``at_link`` hold the values that differ, under (field, stage) and (field, rank, rank); a negative
-    stage counts from the last. With ``phases``, the durations of F, I, W, B and FB come from them and from ``layers``.
+    stage counts from the last. ``at_pair`` holds overlapped pairs whose duration is known by itself, under (stage of
+    the forward, stage of the backward). With ``phases``, the durations of F, I, W, B and FB come from them and from
+    ``layers``.
     """
 
     forward: float = 1.0
@@ -60,6 +62,7 @@ class Costs:
     phases: Mapping[overlap.Part, float] | None = None  # of one layer
     at_stage: Mapping[tuple[str, int], float] = field(default_factory=dict)
     at_link: Mapping[tuple[str, int, int], float] = field(default_factory=dict)
+    at_pair: Mapping[tuple[int, int], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if math.isnan(self.backward):
@@ -73,6 +76,8 @@ class Costs:
             _check(f"{_SHORT[name]}@{stage}", name, value)
         for (name, one, other), value in self.at_link.items():
             _check(f"{_SHORT[name]}@{one}-{other}", name, value)
+        for (forward, backward), value in self.at_pair.items():
+            _check(f"FB of stages {forward} and {backward}", "overlapped", value)
         for key, part in PHASES.items():
             if self.phases is not None:
                 _check(key, "a phase of one layer", self.phases[part])
@@ -110,7 +115,7 @@ class Costs:
                     at_link[_LONG[name], one, other] = at_link[_LONG[name], other, one] = value
                 case _:
                     raise AssertionError(place)
-        return cls(**plain, layers=int(layers), phases=phases or None, at_stage=at_stage, at_link=at_link)
+        return cls(**plain, layers=int(layers), phases=phases or None, at_stage=at_stage, at_link=at_link, at_pair={})
 
     def scaled(self, share: float) -> "Costs":
         """The costs of stages that hold ``share`` of what a stage of these costs holds.
@@ -121,6 +126,8 @@ class Costs:
         if self.at_stage:
             name, stage = next(iter(self.at_stage))
             raise ValueError(f"cost {_SHORT[name]}@{stage}: stages of one schedule are not those of another")
+        if self.at_pair:
+            raise ValueError("cost FB of single pairs: stages of one schedule are not those of another")
         layers = self.layers * share
         if self.phases is not None and layers != int(layers):
             raise ValueError(f"layers={self.layers} cannot be cut into {1 / share:g} stages")
@@ -156,14 +163,17 @@ class CostTable:
             if one == other or max(one, other) >= program.ranks:
                 rule = f"must name two of the ranks 0 .. {program.ranks - 1}"
                 raise ValueError(f"cost {_SHORT[name]}@{one}-{other} {rule}")
+        for pair in costs.at_pair:
+            if not {*pair} <= {*stages}:
+                raise ValueError(f"cost FB of stages {pair[0]} and {pair[1]}: the stages are 0 .. {program.stages - 1}")
         self._layers = [int(self._value("layers", stage)) for stage in stages]
-        self._pairs: dict[tuple[int, int], float] = {}
+        self._pairs = dict(costs.at_pair)
         self.of: dict[Op, list[float]] = {op: [self._duration(op, stage) for stage in stages] for op in Op}
         self.activation_bytes = [self._value("activation_bytes", stage) for stage in stages]
         self.knows_bytes = not math.isnan(costs.activation_bytes)
 
     def pair(self, forward_stage: int, backward_stage: int) -> float:
-        """The duration of an overlapped pair.
+        """The duration of an overlapped pair: its own, where ``at_pair`` has it.
 
         Given for whole stages, it overlaps as well as the common one: FB scaled by what F and B take in these stages
         against what they take in common.

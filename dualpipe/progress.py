@@ -97,10 +97,10 @@ class Progress:
     """The state of a play. ``spans``, ``holdings`` (with the memory over time) and ``clock``, one entry for each rank,
     hold the outcome once ``play`` has returned."""
 
-    def __init__(self, program: Program, transport: Transport, costs: Costs):
+    def __init__(self, program: Program, transport: Transport, costs: Costs | CostTable):
         self.program = program
         self.transport = transport
-        self.costs = CostTable(costs, program)
+        self.costs = costs if isinstance(costs, CostTable) else CostTable(costs, program)
         self.clock = [0.0] * program.ranks
         self.spans: list[list[Span]] = [[] for _ in range(program.ranks)]
         self.reduced = [0.0] * program.ranks  # when the reductions that a rank has started are done

@@ -84,6 +84,12 @@ def simulate(program: Program, costs: Costs, transport: Transport = Transport.EA
     """
     progress = Progress(program, transport, costs)
     progress.play()
+    return outcome(progress)
+
+
+def outcome(progress: Progress) -> Simulation:
+    """What ``simulate`` returns, of a play that has come to its end."""
+    program = progress.program
     makespan = max([*progress.clock, *progress.reduced], default=0.0)
     computing = [[span for span in spans if isinstance(span.slot, Compute | Overlap)] for spans in progress.spans]
     computed_until = max((spans[-1].end for spans in computing if spans), default=0.0)

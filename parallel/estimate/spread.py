@@ -62,8 +62,8 @@ def spread(plan: Plan, draws: int, seed: int = 0) -> Spread:
 def _step(plan: Plan, generator: np.random.Generator) -> float:
     layers = _Layers(plan, generator)
 
-    def table(costs: Costs, program: Program, stages: Sequence[StageCost]) -> CostTable:
-        return _Drawn(costs, program, stages, layers, generator)
+    def table(costs: Costs, program: Program) -> CostTable:
+        return _Drawn(costs, program, plan.stages, layers, generator)
 
     return replay(plan, table).makespan
 

@@ -1,20 +1,18 @@
 """One training step of one pipeline: the program that the runtime would execute, played with its stages' costs."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import product
 
 from dualpipe.cost import Costs, CostTable
 from dualpipe.lower import lower
 from dualpipe.program import Compute, Gather, Op, Overlap, Program, Reduce, Step
 from dualpipe.progress import Progress, Span, Transport
 from dualpipe.schedules import generate
-from dualpipe.simulate import Causes, Simulation
+from dualpipe.simulate import OPERATIONS, Simulation, outcome
 from parallel.estimate.stages import StageCost, pair_seconds
 
-OPERATIONS = ("F", "B", "I", "W", "FB")
-
-DurationTable = Callable[[Costs, Program, Sequence[StageCost]], CostTable]
+DurationTable = Callable[[Costs, Program], CostTable]
 
 
 @dataclass(frozen=True)
@@ -40,17 +38,6 @@ class RankSeconds:
     optimizer_s: float
 
 
-class _Pairs(CostTable):
-    """Pairs whose durations are known one by one, instead of a common one in proportion to F and B."""
-
-    def __init__(self, costs: Costs, program: Program, stages: Sequence[StageCost]) -> None:
-        super().__init__(costs, program)
-        self._stages = stages
-
-    def _pair(self, forward_stage: int, backward_stage: int) -> float:
-        return pair_seconds(self._stages[forward_stage], self._stages[backward_stage])
-
-
 def step_program(schedule: str, ranks: int, microbatches: int) -> Program:
     """The program that training runs. Raises ValueError for sizes that the schedule refuses."""
     return lower(generate(schedule, ranks, microbatches))
@@ -68,6 +55,7 @@ def play(
     """The step's simulation, in seconds. ``message``: how long one occupies its link, and its latency;
     ``activation_bytes``: of one micro-batch, by stage; ``afterwards`` changes what was played, as shared cores do;
     ``table`` makes the durations, by default those of the stages."""
+    pairs = {pair for rank in range(program.ranks) for pair in product(program.stages_of(rank), repeat=2)}
     at_stage: dict[tuple[str, int], float] = {}
     for stage, cost in enumerate(stages):
         for op, name in _FIELDS.items():
@@ -81,13 +69,13 @@ def play(
         gather=end.gather,
         activation_bytes=0.0,
         at_stage=at_stage,
+        at_pair={(one, other): pair_seconds(stages[one], stages[other]) for one, other in pairs},
     )
-    progress = Progress(program, Transport.EAGER, costs)
-    progress.costs = (table or _Pairs)(costs, program, stages)
+    progress = Progress(program, Transport.EAGER, (table or CostTable)(costs, program))
     progress.play()
     if afterwards is not None:
         afterwards(progress)
-    return _simulation(program, progress)
+    return outcome(progress)
 
 
 def ranks_seconds(result: Simulation) -> list[RankSeconds]:
@@ -143,48 +131,3 @@ def _kind(span: Span) -> str | None:
             return None  # beside what the rank computes
         case _:
             raise AssertionError(span.slot)
-
-
-def _simulation(program: Program, progress: Progress) -> Simulation:
-    """What ``dualpipe.simulate.simulate`` returns, of a play whose table of costs is ours."""
-    makespan = max([*progress.clock, *progress.reduced])
-    computing = [[span for span in spans if isinstance(span.slot, Compute | Overlap)] for spans in progress.spans]
-    computed_until = max(spans[-1].end for spans in computing)
-    busy = tuple(sum(span.end - span.start for span in spans) for spans in computing)
-    curves = tuple(tuple(holdings.curve) for holdings in progress.holdings)
-    return Simulation(
-        schedule=program.schedule,
-        ranks=program.ranks,
-        stages=program.stages,
-        microbatches=program.microbatches,
-        makespan=makespan,
-        busy=busy,
-        bubble=tuple(makespan - seconds for seconds in busy),
-        bubble_by_cause=tuple(_causes(spans, computed_until, makespan) for spans in computing),
-        peak_activations=tuple(max(alive for _, alive, _ in curve) for curve in curves),
-        peak_bytes=tuple(max(size for _, _, size in curve) for curve in curves),
-        operations=tuple(_counts(spans) for spans in computing),
-        spans=tuple(map(tuple, progress.spans)),
-        memory=curves,
-    )
-
-
-def _causes(spans: Sequence[Span], computed_until: float, makespan: float) -> Causes:
-    waits = list(_waits(spans))
-    dependency, communication = (sum(part) for part in zip(*waits, strict=True)) if waits else (0.0, 0.0)
-    last = spans[-1].end
-    return Causes(spans[0].start, dependency, communication, computed_until - last, makespan - computed_until)
-
-
-def _waits(spans: Sequence[Span]) -> Iterator[tuple[float, float]]:
-    """Of every gap between two computing spans, the time until the sender had done its part, and the rest."""
-    for before, span in pairwise(spans):
-        if span.start > before.end:
-            assert span.waited is not None, span
-            ready = min(max(span.waited.ready, before.end), span.start)
-            yield ready - before.end, span.start - ready
-
-
-def _counts(spans: Sequence[Span]) -> dict[str, int]:
-    kinds = [_kind(span) for span in spans]
-    return {name: kinds.count(name) for name in OPERATIONS}

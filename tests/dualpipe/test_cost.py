@@ -94,6 +94,18 @@ def test_a_link_has_costs_of_its_own_both_ways() -> None:
     assert costs.transfer(2, 3) == (2, 1)
 
 
+def test_a_pair_may_have_a_duration_of_its_own() -> None:
+    costs = CostTable(Costs(overlapped=1.5, at_pair={(1, 2): 7.0}), PROGRAM)
+    assert costs.pair(1, 2) == 7 and costs.pair(2, 1) == 1.5
+    assert CostTable(Costs(phases=dict.fromkeys(PARTS, 1.0), at_pair={(0, 0): 3.0}), PROGRAM).pair(0, 0) == 3
+    with pytest.raises(ValueError, match=r"cost FB of stages 1 and 4: the stages are 0 \.\. 3"):
+        CostTable(Costs(at_pair={(1, 4): 1.0}), PROGRAM)
+    with pytest.raises(ValueError, match=r"cost FB of stages 0 and 1=-1 \(overlapped\) must be finite"):
+        Costs(at_pair={(0, 1): -1.0})
+    with pytest.raises(ValueError, match="cost FB of single pairs"):
+        Costs(at_pair={(0, 1): 1.0}).scaled(0.5)
+
+
 def test_phases_decide_every_duration() -> None:
     costs = table(PHASES + ",layers=2,layers@0=1")
     phases = costs.costs.phases
