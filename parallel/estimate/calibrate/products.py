@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from model.attention import attend
+from model.attention import attend, core_inputs
 from model.linear import GroupedLinear, Linear, WeightGradients
 from parallel.bucket import Bucket
 from parallel.estimate.calibrate.clock import Clock
@@ -44,9 +44,11 @@ def core_seconds(workload: Workload, device: torch.device, clock: Clock) -> tupl
     shape = workload.micro_batch_size, workload.sequence_length, c.num_attention_heads
 
     def drawn(width: int) -> Tensor:
-        return torch.randn(*shape, width, device=device, dtype=dtype, requires_grad=True)
+        return torch.randn(*shape, width, device=device, dtype=dtype)
 
-    operands = q, k, v = drawn(c.qk_head_dim), drawn(c.qk_head_dim), drawn(c.v_head_dim)
+    with torch.no_grad():
+        inputs = core_inputs(drawn(c.qk_head_dim), drawn(c.qk_head_dim), drawn(c.v_head_dim))
+    operands = q, k, v = tuple(x.requires_grad_() for x in inputs)
     forward = clock.seconds(lambda: attend(q, k, v))
     out = attend(q, k, v)
     gradient = torch.randn_like(out)

@@ -1,7 +1,7 @@
 """What every rank measures, in turns, while all the others measure the same."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
@@ -33,8 +33,9 @@ ROUNDS = 3
 @dataclass
 class Measured:
     """Seconds of the clock, medians over the rounds and then over the ranks. ``phases``: of an MoE layer that exchanges
-    nothing, by tokens of a micro-batch; ``exchanged``: what an exchange adds to a layer's forward and backward;
-    ``links``: by the distance of the ranks, a small and a large message, and the wall seconds of the large one."""
+    nothing, by tokens of a micro-batch (a mean over layers and micro-batches); ``exchanged``: what an exchange adds to
+    a layer's forward and backward; ``links``: by the distance of the ranks, a small and a large message, and the wall
+    seconds of the large one."""
 
     products: dict[Product, float] = field(default_factory=dict)
     core: tuple[float, float] = (0.0, 0.0)
@@ -56,22 +57,24 @@ def measure(
     """Collective, if there is a group. ``local_world``: ranks on a node. Every rank gets the same answer."""
     clock, world = Clock(device), dist.get_world_size() if dist.is_initialized() else 1
     half = replace(workload, sequence_length=max(workload.sequence_length // 2, 1))
-    layer = workload.model.first_k_dense_replace
-    probes = {each.tokens: LayerProbe(each, layer, device) for each in (workload, half)}
-    apart = _exchanging(workload, layer, device) if world > 1 else None
+    probes = {each.tokens: LayerProbe(each, device) for each in (workload, half)}
+    apart = _exchanging(workload, device) if world > 1 else None
+    measurements: dict[str, Callable[[], Any]] = {
+        "products": lambda: {p: product_seconds(p, device, clock) for p in measured_products(workload, base)},
+        "core": lambda: core_seconds(workload, device, clock),
+        "phases": lambda: {tokens: probe.seconds(clock) for tokens, probe in probes.items()},
+        "head": lambda: head_seconds(workload, device, clock),
+        "optimizer": lambda: optimizer_rate(workload, device, clock),
+    }
+    if apart is not None:
+        measurements["exchanged"] = lambda: apart.seconds(clock)
     turns: dict[str, list[Any]] = defaultdict(list)
     for turn in range(rounds + 1):
-        found: dict[str, Any] = {
-            "products": {p: product_seconds(p, device, clock) for p in measured_products(workload, base)},
-            "core": core_seconds(workload, device, clock),
-            "phases": {tokens: _several(probe, clock) for tokens, probe in probes.items()},
-            "head": head_seconds(workload, device, clock),
-            "optimizer": optimizer_rate(workload, device, clock),
-        }
-        if apart is not None:
-            found["exchanged"] = _several(apart, clock)
-        if turn:  # the first is a warm-up
-            for name, value in found.items():
+        for name, measurement in measurements.items():
+            if world > 1:
+                dist.barrier()  # what the others do at the same time decides what is left of caches and memory's rate
+            value = measurement()
+            if turn:  # the first is a warm-up
                 turns[name].append(value)
     result = _over_ranks({name: _middle(values) for name, values in turns.items()})
     measured = Measured(
@@ -90,12 +93,8 @@ def measure(
     return measured
 
 
-def _several(probe: LayerProbe, clock: Clock) -> dict[Part, float]:
-    return _middle([probe.seconds(clock) for _ in range(3)])
-
-
-def _exchanging(workload: Workload, layer: int, device: torch.device) -> LayerProbe | None:
-    """A layer whose experts are spread over the layout's expert group; None where a rank has them all."""
+def _exchanging(workload: Workload, device: torch.device) -> LayerProbe | None:
+    """Layers whose experts are spread over the layout's expert group; None where a rank has them all."""
     layout = workload.layout
     world = dist.get_world_size()
     if layout.expert == 1 or world % layout.expert:
@@ -107,7 +106,7 @@ def _exchanging(workload: Workload, layer: int, device: torch.device) -> LayerPr
     group = groups.of(members)
     assert group is not None
     exchange = GroupExchange(group, each, [Hop(group, [False] * layout.expert)])
-    return LayerProbe(workload, layer, device, exchange, range(first, first + each))
+    return LayerProbe(workload, device, exchange, range(first, first + each))
 
 
 def _added(exchanging: Mapping[Part, float], local: Mapping[Part, float]) -> tuple[float, float]:
@@ -138,7 +137,7 @@ def _alone(probe: LayerProbe, busy: Mapping[Part, float], clock: Clock) -> float
     """Rank 0 measures while the others wait."""
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
-        answer[0] = sum(_several(probe, clock).values()) / sum(busy.values())
+        answer[0] = sum(probe.seconds(clock).values()) / sum(busy.values())
     dist.broadcast_object_list(answer)
     return float(answer[0])
 
