@@ -17,16 +17,16 @@ from launch.command import UsageError
 from launch.plan_table import aligned, scaled
 from launch.yaml_strict import DuplicateKeyError, load_yaml
 from parallel.estimate.hardware import Cluster
-from parallel.estimate.phases import Phase, PhaseError, Priced, price
+from parallel.estimate.phases import PhaseError, PricedPhase, RunPhase, price
 from parallel.estimate.plan import Run, make_plan
 from parallel.estimate.workload import Workload
 
 
 @dataclass(frozen=True)
-class Schedule:
+class PhasesFile:
     """``published``: (names of phases, GPU-hours of all of them)."""
 
-    phases: list[Phase]
+    phases: list[RunPhase]
     published: list[tuple[list[str], float]]
 
 
@@ -66,7 +66,7 @@ def answer(path: str, workload: Workload, cluster: Cluster, run: Run, as_json: b
     return "\n".join(lines + _notes(priced, workload))
 
 
-def read(path: Path) -> Schedule:
+def read(path: Path) -> PhasesFile:
     """Raises UsageError."""
     try:
         document = load_yaml(path.read_text(encoding="utf-8"))
@@ -85,15 +85,15 @@ def read(path: Path) -> Schedule:
     names = [phase.name for phase in phases]
     if len(set(names)) < len(names):
         raise UsageError(f"--phases {path}: two phases have the same name")
-    return Schedule(phases, [_published(path, row, names) for row in document.get("published") or []])
+    return PhasesFile(phases, [_published(path, row, names) for row in document.get("published") or []])
 
 
-def _phase(path: Path, row: Mapping[str, Any]) -> Phase:
+def _phase(path: Path, row: Mapping[str, Any]) -> RunPhase:
     where = f"--phases {path}: phase {row['name']}"
     if "gpu_hours" in row:
         if set(row) != {"name", "gpu_hours"}:
             raise UsageError(f"{where}: gpu_hours stands alone: a phase's hours are stated or planned")
-        return Phase(row["name"], gpu_hours=_positive(where, row, "gpu_hours"))
+        return RunPhase(row["name"], gpu_hours=_positive(where, row, "gpu_hours"))
     length = "tokens" if "tokens" in row else "steps"
     needed = {"name", length, "sequence_length", "global_batch_size"}
     if set(row) != needed:
@@ -109,7 +109,7 @@ def _phase(path: Path, row: Mapping[str, Any]) -> Phase:
         raise UsageError(f"{where}: a ramp of global_batch_size needs tokens, not steps")
     sequence = int(_positive(where, row, "sequence_length"))
     amount = _positive(where, row, length)
-    return Phase(row["name"], amount if length == "tokens" else amount * first * sequence, sequence, (first, last))
+    return RunPhase(row["name"], amount if length == "tokens" else amount * first * sequence, sequence, (first, last))
 
 
 def _positive(where: str, row: Mapping[str, Any], key: str) -> float:
@@ -129,7 +129,7 @@ def _published(path: Path, row: Any, known: Sequence[str]) -> tuple[list[str], f
     return list(row["phases"]), _positive(where, row, "gpu_hours")
 
 
-def _object(each: Priced) -> dict[str, Any]:
+def _object(each: PricedPhase) -> dict[str, Any]:
     phase = each.phase
     return {
         "name": phase.name,
@@ -140,7 +140,7 @@ def _object(each: Priced) -> dict[str, Any]:
     }
 
 
-def _table(priced: Sequence[Priced], workload: Workload) -> str:
+def _table(priced: Sequence[PricedPhase], workload: Workload) -> str:
     rows = ["phase,tokens,context,micro-batches,schedule,GPU-hours,per trillion".split(",")]
     for each in priced:
         if not each.parts:
@@ -161,7 +161,7 @@ def _table(priced: Sequence[Priced], workload: Workload) -> str:
     return aligned(rows)
 
 
-def _notes(priced: Sequence[Priced], workload: Workload) -> list[str]:
+def _notes(priced: Sequence[PricedPhase], workload: Workload) -> list[str]:
     """What does not run as the configuration says, and what is not counted."""
     notes = []
     for each in priced:

@@ -24,7 +24,7 @@ class PhaseError(ValueError):
 
 
 @dataclass(frozen=True)
-class Phase:
+class RunPhase:
     """``batch``: sequences a step, at its beginning and at its end; ``gpu_hours``: stated instead of planned."""
 
     name: str
@@ -46,10 +46,10 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Priced:
+class PricedPhase:
     """``parts`` is empty for a phase whose hours are stated."""
 
-    phase: Phase
+    phase: RunPhase
     parts: tuple[Part, ...]
 
     @property
@@ -59,15 +59,15 @@ class Priced:
         return sum(part.gpu_hours for part in self.parts)
 
 
-def price(phases: Sequence[Phase], workload: Workload, cluster: Cluster, run: Run) -> list[Priced]:
+def price(phases: Sequence[RunPhase], workload: Workload, cluster: Cluster, run: Run) -> list[PricedPhase]:
     """Every phase on the workload's layout. Raises PhaseError for one that does not run there."""
     return [
-        Priced(phase, () if phase.gpu_hours is not None else tuple(_parts(phase, workload, cluster, run)))
+        PricedPhase(phase, () if phase.gpu_hours is not None else tuple(_parts(phase, workload, cluster, run)))
         for phase in phases
     ]
 
 
-def _parts(phase: Phase, workload: Workload, cluster: Cluster, run: Run) -> list[Part]:
+def _parts(phase: RunPhase, workload: Workload, cluster: Cluster, run: Run) -> list[Part]:
     pieces = phase.sequence_length / workload.sequence_length
     own = replace(workload, context_length=phase.sequence_length if pieces > 1 else 0)
     if pieces < 1:

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from parallel.estimate.phases import Phase, price
+from parallel.estimate.phases import RunPhase, price
 from parallel.estimate.plan import make_plan
 from tests.parallel.estimate.published import H800, RUN, smaller
 
@@ -15,7 +15,7 @@ ROOMY = replace(H800, memory_gb=500.0)
 
 def test_a_phase_with_one_batch_costs_as_many_steps_as_its_tokens_fill() -> None:
     workload = smaller(microbatches=16)
-    (priced,) = price([Phase("one", 1e12, LENGTH, (1024, 1024))], workload, ROOMY, RUN)
+    (priced,) = price([RunPhase("one", 1e12, LENGTH, (1024, 1024))], workload, ROOMY, RUN)
     plan = make_plan(workload, ROOMY, RUN)
     assert priced.gpu_hours == pytest.approx(plan.gpu_hours_per_trillion_tokens)
     (part,) = priced.parts
@@ -24,7 +24,7 @@ def test_a_phase_with_one_batch_costs_as_many_steps_as_its_tokens_fill() -> None
 
 def test_a_ramp_costs_what_its_many_small_steps_cost_together() -> None:
     """The closed form against a sum over batches, each with its own simulation."""
-    (priced,) = price([Phase("ramp", 1e12, LENGTH, (512, 2048))], smaller(), ROOMY, RUN)
+    (priced,) = price([RunPhase("ramp", 1e12, LENGTH, (512, 2048))], smaller(), ROOMY, RUN)
     numbers = range(8, 33, 2)
     plans = [make_plan(smaller(microbatches=m), ROOMY, RUN) for m in numbers]
     hours = [plan.gpu_hours_per_trillion_tokens for plan in plans]
@@ -33,7 +33,7 @@ def test_a_ramp_costs_what_its_many_small_steps_cost_together() -> None:
 
 
 def test_below_two_micro_batches_a_rank_another_schedule_runs_until_dualpipe_can() -> None:
-    (priced,) = price([Phase("ramp", 1e12, LENGTH, (256, 1024))], smaller(), ROOMY, RUN)
+    (priced,) = price([RunPhase("ramp", 1e12, LENGTH, (256, 1024))], smaller(), ROOMY, RUN)
     low, high = priced.parts
     assert low.schedule != "dualpipe" and (low.microbatches, high.microbatches) == ((4, 8), (8, 16))
     assert high.schedule == "dualpipe" and low.tokens + high.tokens == pytest.approx(1e12)
@@ -43,9 +43,9 @@ def test_below_two_micro_batches_a_rank_another_schedule_runs_until_dualpipe_can
 def test_a_longer_context_costs_its_larger_core_and_stated_hours_nothing_else() -> None:
     short, long, stated = price(
         [
-            Phase("short", 1e12, LENGTH, (1024, 1024)),
-            Phase("long", 1e12, 8 * LENGTH, (128, 128)),
-            Phase("stated", gpu_hours=5000.0),
+            RunPhase("short", 1e12, LENGTH, (1024, 1024)),
+            RunPhase("long", 1e12, 8 * LENGTH, (128, 128)),
+            RunPhase("stated", gpu_hours=5000.0),
         ],
         smaller(microbatches=16),
         ROOMY,
@@ -62,4 +62,4 @@ def test_a_longer_context_costs_its_larger_core_and_stated_hours_nothing_else() 
 
 def test_a_batch_that_leaves_replicas_idle_is_refused() -> None:
     with pytest.raises(ValueError, match="phase tiny: global_batch_size=8 must be at least"):
-        price([Phase("tiny", 1e12, LENGTH, (8, 8))], smaller(), ROOMY, RUN)
+        price([RunPhase("tiny", 1e12, LENGTH, (8, 8))], smaller(), ROOMY, RUN)
