@@ -300,9 +300,11 @@ def _cross_check(config: Config) -> None:
             f"dispatch.payload=fp8 needs precision.compute=fp8, whose experts take it; it is {config.precision.compute}"
         )
     try:
+        program = config.program()
         for level in config.values().batches.levels[:-1]:
-            _check_level(config, level)
-        stages = _stages(config)
+            _check_level(config, level, program)
+        _check_microbatches(config, config.microbatches, program)
+        stages = _stages(config, program)
         if config.dispatch.kind == "hierarchical" and layout.ranks_per_node:
             layout.check_nodes()
     except ValueError as error:
@@ -319,7 +321,7 @@ def _cross_check(config: Config) -> None:
         )
 
 
-def _check_level(config: Config, level: Level) -> None:
+def _check_level(config: Config, level: Level, program: Program | None) -> None:
     """Refuse a batch size that the layout or the schedule does not run. Raises ValueError."""
     replica_batch = config.layout.data * config.train.micro_batch_size
     microbatches, rest = divmod(level.size, replica_batch)
@@ -330,24 +332,20 @@ def _check_level(config: Config, level: Level) -> None:
             f"see phases.batch_multiple={config.phases.batch_multiple}"
         )
     try:
-        _check_microbatches(config, microbatches)
+        _check_microbatches(config, microbatches, program)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _check_microbatches(config: Config, microbatches: int) -> None:
-    program = config.program()
+def _check_microbatches(config: Config, microbatches: int, program: Program | None) -> None:
     if program is not None:
         check_training(program, config.layout.pipeline, microbatches)
     else:
         schedules.check(config.schedule.name, config.layout.pipeline, microbatches, config.schedule.chunks)
 
 
-def _stages(config: Config) -> int:
-    """The stages that the schedule cuts the model into. Raises ValueError for sizes that it refuses."""
-    schedule, ranks = config.schedule, config.layout.pipeline
-    program = config.program()
-    _check_microbatches(config, config.microbatches)
+def _stages(config: Config, program: Program | None) -> int:
+    """The stages that the schedule cuts the model into."""
     if program is not None:
         return program.stages
-    return schedules.stages(schedule.name, ranks, schedule.chunks)
+    return schedules.stages(config.schedule.name, config.layout.pipeline, config.schedule.chunks)

@@ -61,18 +61,18 @@ def check_count(key: str, value: int, least: int = 0, limit: int = COUNT_LIMIT) 
     check(value < limit, key, value, f"must be below {limit}")
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
+def read(path: Path, what: str = "configuration", holds: str = "sections (model:, train:, ...)") -> dict[str, Any]:
+    """The mapping in a YAML file; ``what`` it describes and what it ``holds``, for messages."""
     try:
         if path.exists() and not path.is_file():  # every rank reads it: a pipe would serve one of them
-            raise ConfigError(f"configuration {path} must be a regular file")
+            raise ConfigError(f"{what} {path} must be a regular file")
         values = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"configuration {path} must be a readable YAML file: {error.strerror}") from None
+        raise ConfigError(f"{what} {path} must be a readable YAML file: {error.strerror}") from None
     except RecursionError:
         raise ConfigError(f"{path}: not valid YAML: nested too deeply") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"configuration {path} must be UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise ConfigError(f"{what} {path} must be UTF-8 text: {error.reason} at byte {error.start}") from None
     except DuplicateKeyError as error:
         raise ConfigError(f"{path}:{error.line}: {error.key} must appear once; line {error.first} has it too") from None
     except yaml.MarkedYAMLError as error:
@@ -83,7 +83,7 @@ def read(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections (model:, train:, ...), not {show(values)}")
+        raise ConfigError(f"{path} must hold a mapping of {holds}, not {show(values)}")
     return values
 
 

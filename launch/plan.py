@@ -9,12 +9,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
-import yaml
-
 from launch import plan_phases, plan_table
 from launch.command import Parser, UsageError, reported
 from launch.config import Config, ConfigError, load
-from launch.yaml_strict import DuplicateKeyError, load_yaml
+from launch.config_file import read
 from parallel.estimate.fit import check
 from parallel.estimate.hardware import WHAT_IF, Cluster, changed, from_mapping, numbers
 from parallel.estimate.plan import Plan, Run, make_plan
@@ -51,12 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> None:
         args = _parser().parse_intermixed_args(argv)
         try:
-            if args.trace and not args.calibrate:
-                raise UsageError(f"--trace {args.trace} needs --calibrate FILE, the file that its rates go to")
+            _check_options(args)
             kinds = ((args.calibrate, _calibrate), (args.phases, _phases), (args.search, _search))
             answer = next((answer for wanted, answer in kinds if wanted), _plan)
-            if args.draws is not None and answer is not _plan:
-                raise UsageError("--draws is of one layout's step: not for --calibrate, --phases or --search")
             if (text := answer(args)) is not None:
                 print(text)
         except ConfigError:
@@ -65,6 +60,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(str(error)) from None
 
     return reported(command)
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuse options that do not go together. Raises UsageError."""
+    for option in ("cluster", "phases", "calibrate", "trace", "html"):
+        if getattr(args, option) == "":
+            raise UsageError(f"--{option} must not be empty")
+    if args.trace and not args.calibrate:
+        raise UsageError(f"--trace {args.trace} needs --calibrate FILE, the file that its rates go to")
+    for option, others, why in (
+        ("calibrate", ("phases", "search", "json", "html"), "what is measured is planned with later"),
+        ("phases", ("search",), "the hours of a run are those of one layout"),
+        ("html", ("phases", "search"), "a page is of one layout's step"),
+        ("draws", ("calibrate", "phases", "search"), "drawn steps are those of one layout"),
+    ):
+        for other in others:
+            if getattr(args, option) not in (None, False) and getattr(args, other):
+                raise UsageError(f"{_given(args, option)} and {_given(args, other)} exclude each other: {why}")
+
+
+def _given(args: argparse.Namespace, option: str) -> str:
+    """An option as it was given."""
+    value = getattr(args, option)
+    return f"--{option}" if value is True else f"--{option} {value}"
 
 
 def _plan(args: argparse.Namespace) -> str:
@@ -83,9 +102,6 @@ def _plan(args: argparse.Namespace) -> str:
 def _calibrate(args: argparse.Namespace) -> str | None:
     from launch.calibrate import calibrate, calibrate_from  # needs torch
 
-    for option in ("search", "json", "html"):
-        if getattr(args, option):
-            raise UsageError(f"--calibrate and --{option} exclude each other: what is measured is planned with later")
     workload, cluster, _ = _inputs(args)
     if args.trace:
         return calibrate_from(Path(args.trace), cluster, Path(args.calibrate))
@@ -93,14 +109,10 @@ def _calibrate(args: argparse.Namespace) -> str | None:
 
 
 def _phases(args: argparse.Namespace) -> str:
-    if args.html or args.search:
-        raise UsageError(f"--phases {args.phases} goes with neither --html nor --search: it is of one layout's hours")
     return plan_phases.answer(args.phases, *_inputs(args), as_json=args.json)
 
 
 def _search(args: argparse.Namespace) -> str:
-    if args.html:
-        raise UsageError(f"--html {args.html} and --search exclude each other: a page is of one layout")
     workload, cluster, run = _inputs(args)
     # A ramp's small batches run in few of the layouts: all of them take the run's tokens in full batches.
     batch = workload.microbatches * workload.layout.data * workload.micro_batch_size
@@ -138,6 +150,11 @@ def _inputs(args: argparse.Namespace) -> tuple[Workload, Cluster, Run]:
     from model.size import size  # needs torch
 
     config = load(args.config, args.overrides)
+    if config.schedule.program is not None:
+        raise UsageError(
+            f"schedule.program={config.schedule.program} must be null: plan compares schedules that it can make for "
+            "other sizes; dualpipe simulate plays a program"
+        )
     wanted = _what_if(args.what_if)
     if wanted.cluster is not None and args.cluster is not None:
         raise UsageError(f"--cluster {args.cluster} and cluster.gpu={wanted.cluster} in --what-if exclude each other")
@@ -171,7 +188,9 @@ def workload_of(config: Config, changes: Mapping[str, Any] = MappingProxyType({}
         microbatches=config.microbatches,
         precision=cast(Precision, changes.get("precision", config.precision.compute)),
         moment_bytes={"fp32": 4, "bf16": 2}[config.optimizer.moments],
+        chunks=config.schedule.chunks,
         mtp=config.model.num_nextn_predict_layers,
+        hierarchical=config.dispatch.kind == "hierarchical",
         # A change of precision takes DeepSeek-V3's payload with it, unless the configuration says otherwise.
         fp8_payload=config.dispatch.payload != "plain",
     )
@@ -207,26 +226,19 @@ def _number(key: str, text: str) -> Any:
         return kind(text)
     except ValueError as error:
         if kind is recompute_of:
-            raise UsageError(str(error)) from None
+            raise UsageError(f"--what-if {error}") from None
         wanted = "a whole number" if kind is int else "a number"
         raise UsageError(f"--what-if {key}={text} must be {wanted}") from None
 
 
 def read_cluster(name: str, seen: tuple[str, ...] = ()) -> Cluster:
-    """A description by its name in ``configs/clusters``, or the path of a .yaml file. Raises UsageError and
-    ClusterError."""
+    """A description by its name in ``configs/clusters``, or the path of a .yaml file. Raises UsageError,
+    ConfigError and ClusterError."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else CLUSTERS / f"{name}.yaml"
     if not name.endswith((".yaml", ".yml")) and not path.is_file():
         known = ", ".join(sorted(each.stem for each in CLUSTERS.glob("*.yaml")))
         raise UsageError(f"cluster {name} is not known: it must be one of {known}, or the path of a .yaml file")
-    try:
-        values = load_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cluster {path} must be a readable YAML file: {error.strerror}") from None
-    except (yaml.YAMLError, DuplicateKeyError, UnicodeDecodeError) as error:
-        raise UsageError(f"cluster {path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"cluster {path} must hold a mapping of keys to {{value: NUMBER, source: TEXT}}")
+    values = read(path, "cluster", "keys to {value: NUMBER, source: TEXT}")
     like = values.pop("like", None)
     if like is not None and (not isinstance(like, str) or like in (*seen, name)):
         raise UsageError(f"cluster {path}: like={like!r} must be the name of another cluster, without a circle")

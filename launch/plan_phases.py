@@ -2,7 +2,8 @@
 
 The file has ``phases``, each with a ``name`` and either ``gpu_hours``, which are taken as they are, or ``tokens`` or
 ``steps`` with ``sequence_length`` and ``global_batch_size`` (a number, or two for a ramp); and, if there is anything to
-compare with, ``published``: the ``gpu_hours`` of some ``phases`` together.
+compare with, ``published``: the ``gpu_hours`` of some ``phases`` together. It is a run as it was, whatever its layout;
+the ``phases`` section of a configuration is what its own layout trains.
 """
 
 import json
@@ -11,11 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from launch.command import UsageError
+from launch.config_file import read
 from launch.plan_table import aligned, scaled
-from launch.yaml_strict import DuplicateKeyError, load_yaml
 from parallel.estimate.hardware import Cluster
 from parallel.estimate.phases import PhaseError, PricedPhase, RunPhase, price
 from parallel.estimate.plan import Run, make_plan
@@ -32,15 +31,15 @@ class PhasesFile:
 
 def answer(path: str, workload: Workload, cluster: Cluster, run: Run, as_json: bool) -> str:
     """What is to be printed. Raises UsageError, and ValueError for what the cluster or the schedule refuses."""
-    schedule = read(Path(path))
+    file = read_phases(Path(path))
     try:
-        priced = price(schedule.phases, workload, cluster, run)
+        priced = price(file.phases, workload, cluster, run)
     except PhaseError as error:
         raise UsageError(f"--phases {path}: {error}") from None
     fraction = make_plan(workload, cluster, run).faults.effective_fraction
     hours = {each.phase.name: each.gpu_hours for each in priced}
     total = sum(hours.values())
-    compared = [(names, sum(hours[name] for name in names), known) for names, known in schedule.published]
+    compared = [(names, sum(hours[name] for name in names), known) for names, known in file.published]
     if as_json:
         return json.dumps(
             {
@@ -59,22 +58,17 @@ def answer(path: str, workload: Workload, cluster: Cluster, run: Run, as_json: b
     lines[-1] += f"; with failures and checkpoints {scaled(total / fraction)}"
     for names, planned, known in compared:
         lines.append(f"{' + '.join(names)}: {scaled(planned)}, published {scaled(known)} ({planned / known - 1:+.1%})")
-    known = sum(hours for _, hours in schedule.published)
-    if {name for names, _ in schedule.published for name in names} == set(hours):
+    known = sum(hours for _, hours in file.published)
+    if {name for names, _ in file.published for name in names} == set(hours):
         dollars = known * cluster.dollars_per_gpu_hour
         lines.append(f"published in all: {scaled(known)}, ${scaled(dollars)} ({total / known - 1:+.1%})")
     return "\n".join(lines + _notes(priced, workload))
 
 
-def read(path: Path) -> PhasesFile:
-    """Raises UsageError."""
-    try:
-        document = load_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--phases {path} must be a readable YAML file: {error.strerror}") from None
-    except (yaml.YAMLError, DuplicateKeyError, UnicodeDecodeError) as error:
-        raise UsageError(f"--phases {path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(document, dict) or not document.get("phases") or set(document) - {"phases", "published"}:
+def read_phases(path: Path) -> PhasesFile:
+    """Raises UsageError and ConfigError."""
+    document = read(path, "--phases", "`phases` and, at most, `published`")
+    if not document.get("phases") or set(document) - {"phases", "published"}:
         raise UsageError(f"--phases {path} must hold a list `phases` and, at most, a list `published`")
     rows = document["phases"]
     if not isinstance(rows, list) or not all(
@@ -85,7 +79,10 @@ def read(path: Path) -> PhasesFile:
     names = [phase.name for phase in phases]
     if len(set(names)) < len(names):
         raise UsageError(f"--phases {path}: two phases have the same name")
-    return PhasesFile(phases, [_published(path, row, names) for row in document.get("published") or []])
+    published = document.get("published") or []
+    if not isinstance(published, list):
+        raise UsageError(f"--phases {path}: published must be a list of rows with phases and gpu_hours")
+    return PhasesFile(phases, [_published(path, row, names) for row in published])
 
 
 def _phase(path: Path, row: Mapping[str, Any]) -> RunPhase:

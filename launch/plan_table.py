@@ -56,7 +56,8 @@ def ranking(found: Found) -> str:
     """The best layouts by simulated step."""
     rows = [
         (
-            "step s,closed form,schedule,pipeline,data,expert,micro-batch,recompute,moments,payload,fullest GB,"
+            "step s,closed form,schedule,pipeline,data,expert,micro-batch,recompute,moments,dispatch,payload,"
+            "fullest GB,"
             "MFU causal,hours/T"
         ).split(",")
     ]
@@ -71,6 +72,7 @@ def ranking(found: Found) -> str:
                 *map(str, (w.layout.pipeline, w.layout.data, w.layout.expert, w.micro_batch_size)),
                 spell(w.model.recompute),
                 {2: "bf16", 4: "fp32"}[w.moment_bytes],
+                "hierarchical" if w.hierarchical else "flat",
                 _payload(w),
                 f"{plan.memory[plan.fullest_rank].total / 1e9:.1f}",
                 f"{plan.mfu[0]:.1%}",

@@ -29,7 +29,7 @@ def check(plan: Plan) -> None:
 def _fits(plan: Plan, workload: Workload) -> bool:
     layout = workload.layout
     try:
-        schedules.check(workload.schedule, layout.pipeline, workload.microbatches)
+        schedules.check(workload.schedule, layout.pipeline, workload.microbatches, workload.chunks)
     except ValueError:
         return False
     return make_plan(workload, plan.cluster, plan.run).fits
@@ -53,7 +53,7 @@ def _changes(workload: Workload) -> Iterator[tuple[str, Workload]]:
     for expert in (2 * layout.expert, 4 * layout.expert):
         if layout.data % expert == 0 and c.n_routed_experts % expert == 0:
             yield f"{prefix}layout.expert={expert}", replace(selective, layout=replace(layout, expert=expert))
-    stages = schedules.stages(workload.schedule, 2 * layout.pipeline)
+    stages = schedules.stages(workload.schedule, 2 * layout.pipeline, workload.chunks)
     if layout.data % (2 * layout.expert) == 0 and stages <= c.num_hidden_layers:
         deeper = replace(layout, pipeline=2 * layout.pipeline, data=layout.data // 2)
         yield (

@@ -111,8 +111,8 @@ def _token_bytes(workload: Workload, moe: bool) -> float:
 
 def _row_bytes(workload: Workload) -> Callable[[int], float]:
     """Of a row in an MLP of some width: SwiGLU's input, and its output unless that is made again, as in FP8 always."""
-    again = workload.precision == "fp8" or workload.makes_again("swiglu")
-    return lambda intermediate: (2 if again else 3) * intermediate * _operand_bytes(workload)
+    parts = 2 if workload.makes_again("swiglu") else 3
+    return lambda intermediate: parts * intermediate * _operand_bytes(workload)
 
 
 def activation_bytes(workload: Workload, layers: Sequence[range]) -> list[float]:

@@ -171,7 +171,8 @@ class Operations:
 
     def exchange(self, part: Part) -> float:
         """Dispatch or combine, forward or backward: over InfiniBand once to each node, then over NVLink to the ranks
-        (report, 3.2.2). The gradient of dispatch travels as a combine does, that of combine as a dispatch."""
+        (report, 3.2.2), or once to each rank over the link that leads there. The gradient of dispatch travels as a
+        combine does, that of combine as a dispatch."""
         w, cluster = self.workload, self.cluster
         if w.layout.expert == 1:
             return 0.0
@@ -180,8 +181,10 @@ class Operations:
         sent = (phase, op) in ((Phase.DISPATCH, F), (Phase.COMBINE, I))
         size = w.tokens * w.imbalance * (self._row_bytes() if sent else w.activation_width * w.model.hidden_size)
         routes, local = self._routes(), min(cluster.ranks_per_node, w.layout.expert)
-        between = size * routes.remote_nodes / (cluster.ib_gb_per_s * 1e9 * getattr(cluster, f"{name}_link"))
-        inside = size * routes.ranks * (1 - 1 / local) / cluster.nvlink_one_way
+        crossing = routes.remote_nodes if w.hierarchical else routes.remote_ranks
+        arriving = routes.ranks if w.hierarchical else routes.ranks - routes.remote_ranks
+        between = size * crossing / (cluster.ib_gb_per_s * 1e9 * getattr(cluster, f"{name}_link"))
+        inside = size * arriving * (1 - 1 / local) / cluster.nvlink_one_way
         wait = getattr(cluster, f"{name}_skew_us") + cluster.latency_us
         return max(between, inside) + wait * 1e-6
 

@@ -152,7 +152,8 @@ def _line(
         return None
     start = _runnable(schedule, pipeline, round(microbatches[0]))
     end = _runnable(schedule, pipeline, max(round(microbatches[1]), start + 1))
-    plans = [make_plan(replace(workload, schedule=schedule, microbatches=m), cluster, run) for m in (start, end)]
+    own = workload if schedule == workload.schedule else replace(workload, schedule=schedule, chunks=None)
+    plans = [make_plan(replace(own, microbatches=m), cluster, run) for m in (start, end)]
     return _Line(*plans)
 
 

@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Any
 
 from dualpipe.program import Program
-from dualpipe.schedules import stages as stages_of
 from dualpipe.simulate import Simulation
 from parallel.estimate.cores import share_cores
 from parallel.estimate.hardware import Cluster
@@ -202,6 +201,7 @@ class Plan:
             "precision": self.workload.precision,
             "recompute": spell(self.workload.model.recompute),
             "moments": {2: "bf16", 4: "fp32"}[self.workload.moment_bytes],
+            "dispatch": "hierarchical" if self.workload.hierarchical else "flat",
             "fp8_payload": self.workload.precision == "fp8" and self.workload.fp8_payload,
             "mtp": self.workload.mtp,
             "layers": [len(each) for each in self.layers],
@@ -235,16 +235,15 @@ class Plan:
 
 
 def make_plan(workload: Workload, cluster: Cluster, run: Run, program: Program | None = None) -> Plan:
-    """``program``: that of the workload's schedule and sizes, where it was made before.
+    """``program``: that of the workload's sizes, where it is not to be made from its schedule.
 
     Raises ValueError for sizes that the schedule or the model refuse, and ClusterError for a rate that is not known.
     """
     operations = Operations(workload, cluster)
-    layout = workload.layout
-    layers = stage_layers(workload, stages_of(workload.schedule, layout.pipeline))
-    stages = stage_costs(operations, layers)
     if program is None:
-        program = step_program(workload.schedule, layout.pipeline, workload.microbatches)
+        program = step_program(workload.schedule, workload.layout.pipeline, workload.microbatches, workload.chunks)
+    layers = stage_layers(workload, program.stages)
+    stages = stage_costs(operations, layers)
     parameters = stage_parameters(operations, layers)
     end = end_seconds(program, workload, cluster, parameters)
     result = _played(program, workload, cluster, layers, stages, end)

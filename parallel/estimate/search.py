@@ -24,7 +24,7 @@ from parallel.estimate.operations import Operations
 from parallel.estimate.phases import runs
 from parallel.estimate.plan import Plan, Run, end_seconds, make_plan
 from parallel.estimate.stages import StageCost, pair_seconds, stage_costs, stage_layers
-from parallel.estimate.workload import RECOMPUTES, Workload
+from parallel.estimate.workload import Workload, recomputes
 
 SIMULATED = 20
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -53,11 +53,11 @@ class Found:
 
 
 def search(workload: Workload, cluster: Cluster, run: Run, simulated: int = SIMULATED) -> Found:
-    """Pipeline, expert and data parallelism, micro-batch, recomputation, schedule, width of moments and of what is
-    dispatched, for the workload's GPUs and global batch. ``run`` counts the workload's steps, which every layout has in
-    common. Raises ValueError if no schedule runs."""
+    """Pipeline, expert and data parallelism, micro-batch, recomputation, schedule, way of dispatch (where an expert
+    group is more than a node), width of moments and of what is dispatched, for the workload's GPUs and global batch.
+    ``run`` counts the workload's steps, which every layout has in common. Raises ValueError if no schedule runs."""
     closed = ClosedForm(cluster)
-    found = [closed.candidate(each) for each in layouts(workload)]
+    found = [closed.candidate(each) for each in layouts(workload, int(cluster.ranks_per_node))]
     if not found:
         raise ValueError(f"no schedule runs this global batch on any layout of {workload.layout.world_size} GPUs")
     usable = cluster.memory_gb * 1e9 * cluster.usable_memory
@@ -67,10 +67,11 @@ def search(workload: Workload, cluster: Cluster, run: Run, simulated: int = SIMU
     return Found(len(found), min(found, key=lambda c: c.memory_bytes), fitting, plans)
 
 
-def layouts(workload: Workload) -> Iterator[Workload]:
+def layouts(workload: Workload, ranks_per_node: int) -> Iterator[Workload]:
     """Every workload with the same model, GPUs and global batch that its schedule and its model allow."""
     world, c = workload.layout.world_size, workload.model
     payloads = (True, False) if workload.precision == "fp8" else (True,)
+    policies = recomputes(workload.precision)
     batch = workload.microbatches * workload.micro_batch_size * workload.layout.data
     for pipeline in _divisors(world):
         data = world // pipeline
@@ -85,7 +86,8 @@ def layouts(workload: Workload) -> Iterator[Workload]:
                     if c.n_routed_experts % expert or workload.imbalance > expert:
                         continue
                     layout = replace(workload.layout, pipeline=pipeline, data=data, expert=expert)
-                    for recompute, moments, fp8_payload in product(RECOMPUTES, MOMENTS, payloads):
+                    ways = (True, False) if expert > ranks_per_node else (True,)
+                    for recompute, moments, fp8_payload, hierarchical in product(policies, MOMENTS, payloads, ways):
                         yield replace(
                             workload,
                             layout=layout,
@@ -93,6 +95,8 @@ def layouts(workload: Workload) -> Iterator[Workload]:
                             micro_batch_size=size,
                             microbatches=microbatches,
                             moment_bytes=moments,
+                            chunks=None,
+                            hierarchical=hierarchical,
                             fp8_payload=fp8_payload,
                         ).recomputing(recompute)
 

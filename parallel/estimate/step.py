@@ -38,9 +38,9 @@ class RankSeconds:
     optimizer_s: float
 
 
-def step_program(schedule: str, ranks: int, microbatches: int) -> Program:
+def step_program(schedule: str, ranks: int, microbatches: int, chunks: int | None = None) -> Program:
     """The program that training runs. Raises ValueError for sizes that the schedule refuses."""
-    return lower(generate(schedule, ranks, microbatches))
+    return lower(generate(schedule, ranks, microbatches, chunks))
 
 
 def play(

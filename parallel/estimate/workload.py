@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import combinations
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -14,8 +15,13 @@ Precision = Literal["fp8", "bf16", "fp32"]
 PRECISIONS: tuple[Precision, ...] = ("fp8", "bf16", "fp32")
 SELECTIVE: Recompute = get_args(Recomputed)
 """As DeepSeek-V3 trained (report, 3.2.3 and 3.3.3)."""
-RECOMPUTES: tuple[Recompute, ...] = ((), SELECTIVE, "full")
-"""What a search tries, from the cheapest in time to the cheapest in memory."""
+
+
+def recomputes(precision: Precision) -> tuple[Recompute, ...]:
+    """Every ``model.recompute`` that keeps or takes something else. FP8 layers make SwiGLU's output again anyway."""
+    members = [name for name in get_args(Recomputed) if (name, precision) != ("swiglu", "fp8")]
+    some = (names for count in range(len(members) + 1) for names in combinations(members, count))
+    return *some, "full"
 
 
 def spell(recompute: Recompute) -> str:
@@ -51,6 +57,10 @@ class Workload:
     """Of the products of linear layers; head and router are BF16 where this is FP8."""
     moment_bytes: int
     """Of one of the optimizer's two moments, a parameter."""
+    chunks: int | None = None
+    """Stages of a rank, where the schedule leaves them open; None: as many as it has by itself."""
+    hierarchical: bool = True
+    """Whether a token crosses once to each node and is passed on there, instead of once to each rank."""
     fp8_payload: bool = True
     """Whether what is dispatched travels in FP8, where products are FP8."""
     mtp: int = 0
@@ -73,8 +83,8 @@ class Workload:
         return replace(self, model=replace(self.model, recompute=recompute))
 
     def makes_again(self, what: Recomputed) -> bool:
-        """By itself: under ``full``, whole phases run again instead."""
-        return what in self.model.recompute
+        """By itself: under ``full``, whole phases run again besides."""
+        return what in self.model.recompute or (what == "swiglu" and self.precision == "fp8")
 
     @property
     def tokens(self) -> int:
@@ -101,11 +111,12 @@ class Workload:
 
 
 class Routes(NamedTuple):
-    """How far a token travels, on average, in an expert-parallel group."""
+    """How far a token travels, on average, in an expert-parallel group of some nodes."""
 
     nodes: float  # distinct nodes that own one of its experts
     ranks: float  # distinct ranks that do
     remote_nodes: float  # those nodes that are not its own
+    remote_ranks: float  # those ranks that are on other nodes
 
 
 @cache
@@ -123,8 +134,10 @@ def routes(experts: int, top_k: int, groups: int, top_groups: int, ranks: int, r
     indices_TK = np.argsort(masked_TE, axis=1)[:, -top_k:]
     rank_TK = indices_TK // (experts // ranks)
     nodes = -(-ranks // ranks_per_node)
-    distinct_nodes = _distinct(rank_TK // ranks_per_node, nodes)
-    return Routes(distinct_nodes, _distinct(rank_TK, ranks), distinct_nodes * (1 - 1 / nodes))
+    distinct_nodes, distinct_ranks = _distinct(rank_TK // ranks_per_node, nodes), _distinct(rank_TK, ranks)
+    return Routes(
+        distinct_nodes, distinct_ranks, *(each * (1 - 1 / nodes) for each in (distinct_nodes, distinct_ranks))
+    )
 
 
 def _distinct(place_TK: np.ndarray, places: int) -> float:

@@ -122,7 +122,7 @@ def test_what_if_and_overrides_change_the_answer(capsys: pytest.CaptureFixture[s
             ["--what-if", "percision=fp8"],
             "what-if percision is not a key of a cluster or of the workload; the nearest is p",
         ),
-        (["--draws", "4", "--search"], "--draws is of one layout's step"),
+        (["--draws", "4", "--search"], "--draws 4 and --search exclude each other: drawn steps"),
         (["--draws", "1", *AS_TRAINED], "draws=1 must be at least 2"),
         (["--what-if", "ib=fast"], "what-if ib_gb_per_s=fast must be a number, in the unit of its name"),
         (["--what-if", "ib=0"], "cluster h800: ib_gb_per_s=0 must be finite and above 0"),
@@ -142,6 +142,9 @@ def test_what_if_and_overrides_change_the_answer(capsys: pytest.CaptureFixture[s
         ),
         (["layout.expert=7"], "layout.expert=7 must divide"),
         (["--search", "--html", "x.html"], "--html x.html and --search exclude each other"),
+        (["--phases", "x.yaml", "--search"], "--phases x.yaml and --search exclude each other"),
+        (["--cluster", ""], "--cluster must not be empty"),
+        (["--what-if", "recompute=half"], "--what-if recompute=half must be none, full, or some of"),
     ],
 )
 def test_bad_input_is_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,7 +175,7 @@ def test_a_cluster_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (
         capsys.readouterr()
         .err.splitlines()[-1]
-        .endswith("must hold a mapping of keys to {value: NUMBER, source: TEXT}")
+        .endswith("must hold a mapping of keys to {value: NUMBER, source: TEXT}, not ['no']")
     )
 
 
@@ -276,7 +279,8 @@ def test_this_machine_is_measured_by_its_ranks_and_planned_with(
             ["--calibrate", "x.yaml", "layout.pipeline=2", "layout.data=2", "layout.expert=2"],
             "are too many for a CPU",
         ),
-        (["--calibrate", "x.yaml", "--search"], "--calibrate and --search exclude each other"),
+        (["--calibrate", "x.yaml", "--search"], "--calibrate x.yaml and --search exclude each other"),
+        (["--calibrate", "x.yaml", "--phases", "p.yaml"], "--calibrate x.yaml and --phases p.yaml exclude each other"),
         (["--trace", "x.json"], "--trace x.json needs --calibrate FILE"),
         (["--calibrate", "x.yaml", "--trace", "none.json"], "trace none.json must be a readable file"),
     ],
