@@ -27,7 +27,7 @@ train: $(VENV)/.installed-run
 	cd "$(ROOT)" && "$(VENV)/bin/dualpipe" train configs/tiny-cpu.yaml $(ARGS)
 
 test: $(VENV)/.installed-test
-	cd "$(ROOT)" && "$(VENV)/bin/python" -m pytest -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
+	cd "$(ROOT)" && "$(VENV)/bin/python" -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.installed-dev
 	cd "$(ROOT)" && "$(VENV)/bin/ruff" check .
