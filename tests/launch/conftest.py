@@ -1,11 +1,14 @@
 """What the tests of the commands share."""
 
 import random
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.launch.runs import write_config
+from tests.launch.runs import ROOT, Start, command, write_config
 
 
 @pytest.fixture
@@ -20,6 +23,22 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A configuration of four ranks over made-up text."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return write_config(tmp_path)
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts the train command. One that a failed test leaves running is killed, and takes its ranks with it."""
+    started = []
+
+    def begin(config: Path, *overrides: str, **options: Any) -> subprocess.Popen[str]:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+        started.append(subprocess.Popen(command(config, *overrides), cwd=ROOT, text=True, **pipes))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        with process:
+            process.kill()
 
 
 @pytest.fixture(scope="module")

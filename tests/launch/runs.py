@@ -28,6 +28,8 @@ data: {source: DATA, validation_sequences: 5}
 checkpoint: {every: 2, keep: 2}
 run: {dir: RUN}
 """
+Start = Callable[..., subprocess.Popen[str]]
+"""What the fixture ``start`` is: a configuration, overrides and options of ``Popen`` -> the running command."""
 # One thread: two of them on a busy core spend their time waiting for each other.
 ONE_RANK = ["layout.pipeline=1", "layout.data=1", "layout.expert=1", "train.threads=1"]
 
@@ -86,12 +88,6 @@ def _forked(words: list[str], environment: dict[str, str], out: Path, error: Pat
     from launch import cli
 
     sys.exit(cli.main(words))
-
-
-def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(config, *overrides), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
 
 
 def entries(run: Path) -> list[dict]:

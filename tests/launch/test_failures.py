@@ -17,11 +17,11 @@ from launch.train import invocation
 from tests.launch.runs import (
     ONE_RANK,
     ROOT,
+    Start,
     assert_gone,
     command,
     descendants,
     entries,
-    start,
     train,
     train_forked,
     wait_for,
@@ -50,7 +50,9 @@ def test_a_loss_that_is_not_finite_is_one_line(config: Path, tmp_path: Path, tem
 
 
 @pytest.mark.parametrize("victim", ["fork server", "rank"])
-def test_a_process_that_is_killed_is_named_and_takes_all_with_it(config: Path, tmp_path: Path, victim: str) -> None:
+def test_a_process_that_is_killed_is_named_and_takes_all_with_it(
+    config: Path, start: Start, tmp_path: Path, victim: str
+) -> None:
     process = start(config, *TWO_RANKS, "train.steps=100000")
     wait_for(lambda: len(entries(tmp_path / "run")) >= 1)
     everyone = descendants(process)
@@ -82,7 +84,9 @@ def test_training_goes_on_without_a_checkpoint_if_the_user_said_so_but_does_not_
     assert len(entries(tmp_path / "run")) == 6
 
 
-def test_every_rank_names_the_one_that_was_stopped_within_the_timeout(config: Path, tmp_path: Path) -> None:
+def test_every_rank_names_the_one_that_was_stopped_within_the_timeout(
+    config: Path, start: Start, tmp_path: Path
+) -> None:
     process = start(config, "train.steps=100000", "train.timeout_seconds=5", "train.threads=1", "checkpoint.every=0")
     wait_for(lambda: len(entries(tmp_path / "run")) >= 1)
     everyone = descendants(process)
@@ -99,14 +103,14 @@ def test_every_rank_names_the_one_that_was_stopped_within_the_timeout(config: Pa
     assert_gone(everyone)
 
 
-def test_a_run_survives_the_terminal_only_under_nohup(config: Path, tmp_path: Path) -> None:
+def test_a_run_survives_the_terminal_only_under_nohup(config: Path, start: Start, tmp_path: Path) -> None:
     for nohup, status in ((True, 143), (False, 129)):
-        process = subprocess.Popen(
-            command(config, *ONE_RANK, "train.steps=100000", "checkpoint.every=0"),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
+        process = start(
+            config,
+            *ONE_RANK,
+            "train.steps=100000",
+            "checkpoint.every=0",
             stderr=subprocess.STDOUT,
-            text=True,
             preexec_fn=lambda nohup=nohup: signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL),
             start_new_session=True,
         )
@@ -133,7 +137,7 @@ def test_what_torchs_launcher_leaves_behind_goes_with_it() -> None:
     assert tempfile.tempdir == before
 
 
-def test_ctrl_c_before_there_is_a_rank_says_so_and_leaves_nothing(config: Path, temporary: Path) -> None:
+def test_ctrl_c_before_there_is_a_rank_says_so_and_leaves_nothing(config: Path, start: Start, temporary: Path) -> None:
     process = start(config, *ONE_RANK)
     wait_for(lambda: any("forkserver" in " ".join(one.cmdline()) for one in descendants(process)))
     everyone = descendants(process)

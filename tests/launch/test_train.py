@@ -17,12 +17,11 @@ from dualpipe.schedules import generate
 from tests.launch.runs import (
     ONE_RANK,
     ROOT,
+    Start,
     assert_gone,
-    command,
     descendants,
     entries,
     losses,
-    start,
     train,
     train_forked,
     wait_for,
@@ -73,7 +72,7 @@ RAMP = [
 
 
 def test_killed_at_a_random_step_of_a_ramp_and_resumed_it_ends_with_the_same_bytes(
-    config: Path, tmp_path: Path
+    config: Path, start: Start, tmp_path: Path
 ) -> None:
     assert train_forked(config, f"run.dir={tmp_path / 'whole'}", *RAMP).returncode == 0
     run, step = tmp_path / "killed", random.randrange(5, 11)  # the checkpoint of step 4 waited for that of step 2
@@ -99,7 +98,7 @@ def test_killed_at_a_random_step_of_a_ramp_and_resumed_it_ends_with_the_same_byt
 
 
 @pytest.mark.parametrize("killed", ["launcher", "terminal"])
-def test_an_ended_launcher_leaves_no_process(config: Path, tmp_path: Path, killed: str) -> None:
+def test_an_ended_launcher_leaves_no_process(config: Path, start: Start, tmp_path: Path, killed: str) -> None:
     process = start(config, "train.steps=100000")
     wait_for(lambda: len(entries(tmp_path / "run")) >= 1)
     ranks = descendants(process)
@@ -230,15 +229,10 @@ def test_cuda_asked_for_and_not_there_is_refused(config: Path) -> None:
     assert "train.device=cuda" in refused.stderr and len(refused.stderr.splitlines()) == 1
 
 
-def test_what_a_service_manager_sends_to_the_whole_group_leaves_a_checkpoint(config: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        command(config, "train.steps=100000", "checkpoint.every=0"),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def test_what_a_service_manager_sends_to_the_whole_group_leaves_a_checkpoint(
+    config: Path, start: Start, tmp_path: Path
+) -> None:
+    process = start(config, "train.steps=100000", "checkpoint.every=0", start_new_session=True)
     wait_for(lambda: len(entries(tmp_path / "run")) >= 1)
     ranks = descendants(process)
     os.killpg(process.pid, signal.SIGTERM)
