@@ -1,12 +1,12 @@
-"""Text as tokens, and a stream of batches that can be entered at any step.
+"""Text as tokens, and an endless row of training sequences that can be entered anywhere.
 
 Tokenisation is by byte (token 0..255 is the byte of that value, and 256, ``END_OF_DOCUMENT``, follows every document),
 or by a published tokenizer, whose own end follows every document then. The tokens of a source's training split stand in
 one row; sequence i is the window of ``sequence_length + 1`` tokens that begins at ``i * sequence_length`` (inputs are
 all but its last token, targets all but its first). An epoch of a source visits each of its windows once, in a
-permutation drawn from (seed, epoch). The mixture (``data_mix.py``) says from which source each visit is. Row r of step
-n is visit ``n * global_batch_size + r``: it depends on seed and step alone, never on the layout, and needs no state to
-resume.
+permutation drawn from (seed, epoch). The mixture (``data_mix.py``) says from which source each visit is. So visit v
+depends on the seed and v alone, and the row of visits can be entered anywhere without a state. A run reads it in order:
+how many visits its steps take, and which it leaves out, is the run's (``trainer.py``).
 """
 
 import hashlib
