@@ -13,9 +13,9 @@ def load(path: str | Path) -> Program:
 
     Raises ProgramError, one line that begins with the path, when there is no such program or ``validate`` refuses it.
     """
-    if Path(path).exists() and not Path(path).is_file():
-        raise ProgramError(f"{path}: must be a regular file with a program")
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise ProgramError(f"{path}: must be a regular file with a program")
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ProgramError(f"{path}: must be a readable program: {error.strerror}") from None

@@ -51,9 +51,17 @@ class RunFolder:
 
         Raises ConfigError when something differs that would make it another run, and when no folder can be there.
         """
+        try:
+            return self._changes(config, fingerprint)
+        except OSError as error:
+            raise ConfigError(f"run.dir={self.path} must be a folder that can be read: {error.strerror}") from None
+
+    def _changes(self, config: Config, fingerprint: str) -> list[str]:
         for place in (self.path, *self.path.parents):
             if place.exists() and not place.is_dir():
                 raise ConfigError(f"run.dir={self.path} must be a folder, and {place} is a file")
+            if place.is_symlink() and not place.exists():
+                raise ConfigError(f"run.dir={self.path} must be a folder, and {place} is a link to nothing")
         if not self.config_file.exists():
             if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
                 raise ConfigError(f"run.dir={self.path} has checkpoints but no config.yaml: it is no run to go on with")

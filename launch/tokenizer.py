@@ -137,7 +137,10 @@ def open_tokenizer(name: str) -> Tokenizer:
     """What ``data.tokenizer`` names: ``bytes``, or a Hugging Face folder. Raises TokenizerError."""
     if name == "bytes":
         return ByteTokenizer()
-    folder = Path(name).expanduser()
+    try:
+        folder = Path(name).expanduser()
+    except RuntimeError as error:
+        raise TokenizerError(f"{name} must be readable: {error}") from None
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except OSError as error:

@@ -81,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser().parse_intermixed_args(argv)
         arguments.nnodes = NodeCount.parse(arguments.nnodes)
+        arguments.command = invocation(sys.argv[0], os.environ, _working_folder())
     except ConfigError as error:
         return _refuse(error)
-    arguments.command = invocation(sys.argv[0], os.environ, Path.cwd())
     if arguments.nnodes != NodeCount():
         arguments.command += f" --nnodes {arguments.nnodes}"
     if "RANK" not in os.environ:
@@ -91,6 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.nnodes != NodeCount():
         return _refuse(ConfigError(f"--nnodes={arguments.nnodes} must be left out under torchrun, which has its own"))
     return as_rank(arguments)
+
+
+def _working_folder() -> Path:
+    try:
+        return Path.cwd()
+    except OSError as error:
+        raise ConfigError(f"the working directory must be there: {error.strerror}") from None
 
 
 def invocation(program: str, environment: Mapping[str, str], folder: Path) -> str:
@@ -115,7 +122,7 @@ def _from(folder: Path, path: Path) -> str:
 def configuration(arguments: argparse.Namespace) -> Config:
     """From CONFIG and the overrides; a run's folder stands for the configuration that the run was started with."""
     path, overrides = Path(arguments.config), arguments.overrides
-    if path.is_dir():
+    if os.path.isdir(path):  # what cannot be looked at, load refuses by name
         tokenizer = tokenizer_of(path, load(path / "config.yaml"))
         return load(path / "config.yaml", [f"run.dir={path}", f"data.tokenizer={tokenizer}", *overrides])
     return load(path, overrides)
