@@ -26,6 +26,10 @@ class Attempts(Protocol):
         """From what the attempt that was waited for recovers."""
 
     @property
+    def start(self) -> str | None:
+        """Of the command, where it was given on several nodes: the same for all of them."""
+
+    @property
     def begun(self) -> bool:
         """Whether an attempt has ended."""
 
@@ -54,6 +58,7 @@ class Alone:
     """One node, which decides by itself."""
 
     first_rank = 0
+    start = None
 
     def __init__(self, config: Config) -> None:
         self.begun = False

@@ -56,9 +56,11 @@ class Flag:
 class Launcher:
     """What it does for its ranks, which torchrun's agents do not. ``asked``: set when somebody asked it to stop;
     ``memory``: for each rank of the node, what outlives it; ``board``: where they write down what they do, None when
-    nobody watches them; ``recovering``: from what, after a restart."""
+    nobody watches them; ``recovering``: from what, after a restart; ``start``: of the command, the same for all nodes
+    and attempts of it, None for one node."""
 
     asked: Flag
     memory: Sequence[Regions] | None = None
     board: Path | None = None
     recovering: Failure | None = None
+    start: str | None = None

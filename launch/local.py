@@ -200,7 +200,7 @@ class _Watch:
 def _start(config: Config, arguments: argparse.Namespace, launcher: Launcher, attempts: Attempts, node: _Node) -> int:
     _pass_signals_on(launcher.asked, attempts)
     while (status := attempts.wait()) is None:
-        launcher = replace(launcher, recovering=attempts.recovering)
+        launcher = replace(launcher, recovering=attempts.recovering, start=attempts.start)
         failure = _attempt(config, arguments, launcher, attempts, node)
         if (status := attempts.settle(failure)) is not None:
             break

@@ -106,15 +106,17 @@ class RunFolder:
             raise ConfigError(f"run.dir={self.path} has a damaged {self.data_file} ({error!r})") from None
         return fingerprint
 
-    def open(self, config: Config, fingerprint: str) -> TextIO:
+    def open(self, config: Config, fingerprint: str, start: str | None = None) -> TextIO:
         """Make the folder, note what is run, and take the lock, which is held until the file returned is closed.
+        ``start``: of the command, where it was given on several nodes. A lost node's rank of the same start may still
+        have the lock, stopped, or until its file server misses it: that one cannot take a step, and is in nobody's way.
 
         Raises ConfigError when it cannot be written or another process is training in it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / "lock").open("a+")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(lock, start or "")
             data = {"sources": [asdict(part) for _, part in config.data.named()], "fingerprint": fingerprint}
             write_whole(self.data_file, json.dumps(data) + "\n")
             write_whole(self.config_file, dump(config))
@@ -123,6 +125,20 @@ class RunFolder:
                 raise ConfigError(f"run.dir={self.path} is in use: another process is training in it") from None
             raise ConfigError(f"run.dir={self.path} must be a folder that can be written: {error.strerror}") from None
         return lock
+
+
+def _take(lock: TextIO, start: str) -> None:
+    """Raises OSError when another start of the command has it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        if not start or lock.read() != start:
+            raise
+        return
+    lock.truncate(0)
+    lock.write(start)
+    lock.flush()
 
 
 def _setting(config: Config) -> str:

@@ -123,7 +123,8 @@ class Trainer:
         if not self.leads:
             return None
         changes = self.folder.changes(self.config, self.data.fingerprint)
-        lock = self.folder.open(self.config, self.data.fingerprint)
+        start = None if self.launcher is None else self.launcher.start
+        lock = self.folder.open(self.config, self.data.fingerprint, start)
         self.folder.events.write("start", world_size=dist.get_world_size(), changed=changes)
         for change in changes:
             self._say(f"changed since the last start: {change}")

@@ -78,6 +78,8 @@ class Roster:
     job: str = ""
     count: NodeCount = NodeCount()
     max_restarts: int = 0
+    first: int = 1
+    """The first attempt of this start of the command."""
     attempt: int = 1
     running: bool = False
     broken: str | None = None
@@ -99,7 +101,7 @@ class Roster:
 
     def begin(self, job: str, count: NodeCount, max_restarts: int) -> None:
         """A new start of the command, whatever the nodes of an earlier one left. Attempts are counted on."""
-        fresh = Roster(job, count, max_restarts, attempt=self.attempt + 1)
+        fresh = Roster(job, count, max_restarts, first=self.attempt + 1, attempt=self.attempt + 1)
         vars(self).update(vars(fresh))
 
     def join(self, name: str, host: str) -> None:

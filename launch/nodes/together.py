@@ -53,6 +53,10 @@ class Together:
         self._open.__exit__(kind, error, trace)
 
     @property
+    def start(self) -> str | None:
+        return f"{self.member.view.job} {self.member.view.first}"
+
+    @property
     def first_rank(self) -> int:
         return self._place * self.ranks_per_node
 

@@ -100,6 +100,16 @@ def test_a_second_process_is_refused_while_the_first_trains(folder: RunFolder, c
     folder.open(config, PRINT).close()
 
 
+def test_a_lost_nodes_rank_that_still_has_the_lock_is_in_nobodys_way(folder: RunFolder, config: Config) -> None:
+    with folder.open(config, PRINT, "start 1"):
+        folder.open(config, PRINT, "start 1").close()
+        for other in (None, "start 2"):
+            with pytest.raises(ConfigError, match="in use"):
+                folder.open(config, PRINT, other)
+    with folder.open(config, PRINT), pytest.raises(ConfigError, match="in use"):
+        folder.open(config, PRINT, "start 1")
+
+
 @pytest.mark.parametrize(
     "state",
     [
