@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from benchmarks.measure import median, take_turns
 from launch.config import Config, load
 from launch.rank import keep_memory
-from model.fp8.assign import PLAIN, set_precision
+from model.fp8.assign import PLAIN
 from model.fp8.gemm import Choice, PrecisionError, choose
 from model.fp8.linear import Fp8Products
 from model.fp8.quantise import Scale, Tile, quantise
@@ -187,11 +187,8 @@ def training_step(bench: Bench, config: Config) -> dict[str, Any]:
         optimizer=config.optimizer,
     )
     steps: dict[str, Callable[[], object]] = {}
-    for precision in ("bf16", "fp8"):
-        worker = Worker(job, rank=0)
-        if precision == "fp8":
-            for held in worker.held.values():
-                set_precision(held.stage.model, bench.choice.gemm)
+    for precision, backend in (("bf16", None), ("fp8", bench.choice.gemm.name)):
+        worker = Worker(replace(job, fp8=backend), rank=0)
         steps[precision] = partial(worker.train_step, tokens, config.optimizer.learning_rate)
     times = bench.times(steps)
     return {"tokens": len(tokens) * train.sequence_length, "ms": times, "fp8_over_bf16": times["fp8"] / times["bf16"]}

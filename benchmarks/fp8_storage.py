@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from launch.config import Config, ConfigError, load
 from model.config import ModelConfig
-from model.fp8.assign import AFTER_ATTENTION, PLAIN, set_precision
+from model.fp8.assign import AFTER_ATTENTION, PLAIN, recipes, set_precision
 from model.fp8.gemm import Emulated
 from model.fp8.linear import Fp8Products, Recipe
 from model.linear import Linear, WeightGradients, own
 from model.mlp import MLP, Experts
+from model.transformer import Transformer
 from parallel.mesh import Layout
 from parallel.worker import Job, Worker
 
@@ -38,14 +39,17 @@ PRECISIONS = ("bf16", "fp8")
 
 
 def held_bytes(config: Config) -> list[dict[str, Any]]:
-    """Bytes that a worker alone holds for a parameter. In a replica group of R, masters and moments are split R ways.
-    The two precisions hold the same: W is quantised from its BF16 copy."""
+    """Bytes that a worker alone holds for a parameter after a step. In a replica group of R, masters and moments are
+    split R ways. FP8 adds the blocks of the weights that products take, which is not all of the parameters."""
     predicted = {"copy that computes, BF16": 2, "gradient, FP32": 4, "master, FP32": 4, "AdamW's moments, BF16": 4}
     rows: list[dict[str, Any]] = [
         {"held": name, "predicted": {precision: of for precision in PRECISIONS}} for name, of in predicted.items()
     ]
+    rows.append({"held": "weights in FP8 blocks", "predicted": {"bf16": 0.0, "fp8": _blocks_a_parameter(config.model)}})
     for precision in PRECISIONS:
         worker = _worker(config, precision)
+        worker.evaluate(torch.zeros(2, TOKENS + 1, dtype=torch.int64), 2)
+        blocks = [held.blocks.nbytes for held in worker.held.values() if held.blocks is not None]
         buckets = [bucket for held in worker.held.values() for bucket in held.buckets]
         count = sum(segment.numel for bucket in buckets for segment in bucket.segments)
         tensors = (
@@ -54,9 +58,19 @@ def held_bytes(config: Config) -> list[dict[str, Any]]:
             [bucket.master for bucket in buckets],
             [*worker.optimizer.first, *worker.optimizer.second],
         )
-        for row, of in zip(rows, tensors, strict=True):
+        for row, of in zip(rows[:-1], tensors, strict=True):
             row[precision] = sum(tensor.nbytes for tensor in of) / count
+        rows[-1][precision] = sum(blocks) / count
     return rows
+
+
+def _blocks_a_parameter(model: ModelConfig) -> float:
+    """A byte for each number of the layers that compute in FP8, and the scale of a block for its 128 x 128."""
+    with torch.device("meta"):
+        whole = Transformer(model)
+    layers = [whole.get_submodule(name) for name, recipe in recipes(whole).items() if recipe is not None]
+    numbers = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+    return numbers * (1 + 4 / 128**2) / sum(parameter.numel() for parameter in whole.parameters())
 
 
 def _worker(config: Config, precision: str) -> Worker:

@@ -6,7 +6,7 @@ the own shard, gather the shards. Copies of a parameter, data-parallel or twin, 
 they are one rank's result.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,7 @@ class Segment:
 class Bucket:
     """``named``: (name, parameter, first element of the whole parameter, elements of the whole parameter), in FP32;
     their data moves into the flat buffer. ``group``: the ranks that hold the bucket, or None when this is the only one.
+    ``written``: called after each write to the parameters, for whoever keeps what is derived from them.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Bucket:
             self.buffers[parameter] = self.gradients[place].view(parameter.shape)
         self.parameters.copy_(whole)
         self.master = whole[self.start : self.stop].clone()
+        self.written: list[Callable[[], None]] = []
         self._reducing: dist.Work | None = None
         self._gathering: dist.Work | None = None
 
@@ -100,6 +102,7 @@ class Bucket:
     def publish(self) -> None:
         """Round the masters into the own part of the parameters."""
         self.parameters[self.shard].copy_(self.master)
+        self.changed()
 
     def gather(self) -> None:
         """Start making the bucket whole on every rank of the group."""
@@ -112,6 +115,12 @@ class Bucket:
         if self._gathering is not None:
             self._gathering.wait()
             self._gathering = None
+            self.changed()
+
+    def changed(self) -> None:
+        """Tell ``written``: for who writes the parameters otherwise."""
+        for forget in self.written:
+            forget()
 
     @property
     def peers(self) -> list[int]:

@@ -57,6 +57,7 @@ class DeepSpeedAdamW:
             wrapped.fp32_groups_has_gradients[0][0] = True
             with _replica_groups():
                 wrapped.step()
+            bucket.changed()
             assert not wrapped.overflow, "a finite gradient, clipped, has a finite norm"
         self.steps += 1
 

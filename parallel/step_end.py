@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.fp8.linear import WeightBlocks
 from parallel import flips
 from parallel.activity import Activity
 from parallel.bucket import ALIGNMENT, Bucket
@@ -23,12 +24,14 @@ from parallel.stage import ModelStage
 @dataclass
 class HeldStage:
     """A stage as one rank holds it. ``replicas``: the group of all ranks with a copy of it (None: this is the only
-    one); ``counts``: this rank reports for the whole group, so that a copy's figures are counted once."""
+    one); ``counts``: this rank reports for the whole group, so that a copy's figures are counted once; ``blocks``: its
+    weights as FP8 products take them, from their first use after a GATHER to the next."""
 
     stage: ModelStage
     buckets: list[Bucket]
     replicas: dist.ProcessGroup | None
     counts: bool
+    blocks: WeightBlocks | None = None
     loads_LE: Tensor | None = None
     reducing: dist.Work | None = None
 

@@ -21,6 +21,7 @@ from model.config import ModelConfig
 from model.exchange import Exchange, LocalExchange
 from model.fp8.assign import set_precision
 from model.fp8.gemm import choose
+from model.fp8.linear import WeightBlocks
 from model.linear import WeightGradients, own
 from model.transformer import Transformer, expert_parameters, initialise
 from parallel.activity import Activity, collective_timeout
@@ -314,11 +315,14 @@ class Worker:
         shared = [] if self.ends is None else [self.ends]
         gradients = WeightGradients({p: g for bucket in buckets + shared for p, g in bucket.buffers.items()})
         own(model, gradients)
+        blocks = None
         if self.products is not None:
-            set_precision(model, self.products.gemm)
-
+            blocks = WeightBlocks()
+            set_precision(model, self.products.gemm, blocks)
+            for bucket in buckets:
+                bucket.written.append(blocks.forget)
         held = ModelStage(model, gradients, self._exchange(self._experts), job.device, job.document_start)
-        return HeldStage(held, buckets, self.groups.of(replicas), counts=self.rank == replicas[0])
+        return HeldStage(held, buckets, self.groups.of(replicas), self.rank == replicas[0], blocks)
 
     def _exchange(self, experts: int) -> Exchange:
         """How tokens reach their experts, of which each rank holds so many."""

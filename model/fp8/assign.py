@@ -13,7 +13,7 @@ from torch import nn
 from model.attention import Attention
 from model.fp8.formats import E5M6
 from model.fp8.gemm import Gemm
-from model.fp8.linear import Fp8Products, Recipe
+from model.fp8.linear import Fp8Products, Recipe, WeightBlocks
 from model.fp8.quantise import Scale
 from model.linear import GroupedLinear, Linear
 from model.mlp import MLP, Experts
@@ -51,10 +51,11 @@ def recipes(model: nn.Module) -> dict[str, Recipe | None]:
     return found
 
 
-def set_precision(model: nn.Module, gemm: Gemm | None) -> None:
+def set_precision(model: nn.Module, gemm: Gemm | None, blocks: WeightBlocks | None = None) -> None:
     """Let the linear layers of ``model`` compute in FP8 through ``gemm``, or none of them if that is None. Parameters,
-    activations between layers and gradients keep their dtypes."""
+    activations between layers and gradients keep their dtypes. ``blocks``: keeps the quantised weights; whoever gives
+    it has it forget them when the parameters change."""
     for name, recipe in recipes(model).items():
         layer = model.get_submodule(name)
         assert isinstance(layer, Linear | GroupedLinear)
-        layer.products = Fp8Products(gemm, recipe) if gemm is not None and recipe is not None else None
+        layer.products = Fp8Products(gemm, recipe, blocks) if gemm is not None and recipe is not None else None

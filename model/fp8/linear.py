@@ -4,15 +4,17 @@
     backward (I)     gx = Dgrad(gy in ROW tiles, W in BLOCKs)           keeps gy in COLUMN tiles until W
     backward (W)     gW += Wgrad(gy in COLUMN tiles, x from ROW into COLUMN tiles)
 
-Everything that W needs is fixed by I, so that it gives the same bits whenever it is run. W is quantised from the
-parameter each time; masters and gradients stay FP32 and are the business of whoever owns them. After SwiGLU the layer
-keeps SwiGLU's input instead of its own, and makes its own again.
+Everything that W needs is fixed by I, so that it gives the same bits whenever it is run. Masters and gradients stay
+FP32 and are the business of whoever owns them; an owner who says when the parameters change gives the layers
+``WeightBlocks``, and a weight is quantised once for all micro-batches of a step. After SwiGLU the layer keeps SwiGLU's
+input instead of its own, and makes its own again.
 
 T tokens (rows, R if sorted by expert), D inputs, F outputs, (E,) for experts alone.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,11 +38,33 @@ class Recipe:
     stored: Format = E4M3
 
 
-class Fp8Products:
-    """``model.linear.Products`` in FP8."""
+class WeightBlocks:
+    """Weights in BLOCKs, each quantised when it is first used and kept until ``forget``, which whoever writes the
+    parameters calls. One copy serves both orientations: blocks are square, and ``Quantised.t`` is a view."""
 
-    def __init__(self, gemm: Gemm, recipe: Recipe) -> None:
+    def __init__(self) -> None:
+        self._of: dict[nn.Parameter, Quantised] = {}
+
+    def __call__(self, weight: nn.Parameter) -> Quantised:
+        if weight not in self._of:
+            self._of[weight] = quantise(weight, Tile.BLOCK)
+        return self._of[weight]
+
+    def forget(self) -> None:
+        self._of.clear()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(blocks.nbytes for blocks in self._of.values())
+
+
+class Fp8Products:
+    """``model.linear.Products`` in FP8. ``blocks``: the weight as it is kept; without, it is quantised in every
+    product."""
+
+    def __init__(self, gemm: Gemm, recipe: Recipe, blocks: WeightBlocks | None = None) -> None:
         self.gemm, self.recipe = gemm, recipe
+        self._blocks = partial(quantise, tile=Tile.BLOCK) if blocks is None else blocks
 
     def linear(
         self,
@@ -77,15 +101,15 @@ class Fp8Products:
             return operand
         return _rows(x_TD, Scale.POWER_OF_TWO, self.recipe.stored, again)
 
-    def output(self, operand: Quantised, weight: Tensor, ends_E: Tensor | None, dtype: torch.dtype) -> Tensor:
-        return self.gemm.fprop(operand, quantise(weight, Tile.BLOCK), ends_E, dtype)
+    def output(self, operand: Quantised, weight: nn.Parameter, ends_E: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return self.gemm.fprop(operand, self._blocks(weight), ends_E, dtype)
 
     def gradient(self, gy_TF: Tensor, ends_E: Tensor | None) -> tuple[Quantised, Quantised]:
         """The output gradient as Dgrad and as Wgrad take it."""
         return self.gemm.rows_and_columns(gy_TF, self.recipe.gradient_scale, ends_E)
 
-    def input_gradient(self, gy: Quantised, weight: Tensor, ends_E: Tensor | None, dtype: torch.dtype) -> Tensor:
-        return self.gemm.dgrad(gy, quantise(weight, Tile.BLOCK), ends_E, dtype)
+    def input_gradient(self, gy: Quantised, weight: nn.Parameter, ends_E: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return self.gemm.dgrad(gy, self._blocks(weight), ends_E, dtype)
 
     def input_columns(self, kept: Quantised, ends_E: Tensor | None) -> Quantised:
         """The input as Wgrad takes it."""
@@ -127,12 +151,12 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        stored, scales, weight, ends_E = ctx.saved_tensors
+        stored, scales, _, ends_E = ctx.saved_tensors
         products, gx = ctx.products, None
         gy_TF = grads[0].reshape(-1, grads[0].shape[-1])
         rows, gy = products.gradient(gy_TF, ends_E)
         if ctx.needs_input_grad[0]:
-            gx = products.input_gradient(rows, weight, ends_E, ctx.dtype).view(ctx.shape)
+            gx = products.input_gradient(rows, ctx.weight, ends_E, ctx.dtype).view(ctx.shape)
         kept = Quantised(stored, scales, Tile.ROW, products.recipe.stored, ctx.shape[-1])
         gw = _deliver(
             ctx, ctx.needs_input_grad[1], lambda: products.gemm.wgrad(gy, products.input_columns(kept, ends_E))
@@ -162,12 +186,12 @@ class _Fp8SwiGLULinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        stored, scales, weights_T, weight, ends_E = ctx.saved_tensors
+        stored, scales, weights_T, _, ends_E = ctx.saved_tensors
         products = ctx.products
         gy_TF = grads[0].reshape(-1, grads[0].shape[-1])
         x_T2D = dequantise(Quantised(stored, scales, Tile.ROW, E4M3, ctx.shape[-1]))
         rows, gy = products.gradient(gy_TF, ends_E)
-        gswiglu_TD = products.input_gradient(rows, weight, ends_E, torch.float32)
+        gswiglu_TD = products.input_gradient(rows, ctx.weight, ends_E, torch.float32)
         gx_T2D, gweights_T = swiglu_backward(x_T2D, weights_T, gswiglu_TD)
         columns = products.remade_columns(x_T2D, weights_T, ends_E)
         gw = _deliver(ctx, ctx.needs_input_grad[2], lambda: products.gemm.wgrad(gy, columns))

@@ -9,16 +9,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dualpipe.program import Program
+from model.fp8.quantise import SIZE
 from parallel.estimate.operations import Operations
 from parallel.estimate.workload import Workload
 
 
 @dataclass(frozen=True)
 class StageParameters:
-    """Elements of one stage: those that every replica has, and the routed experts of one expert-parallel rank."""
+    """Elements of one stage: those that every replica has, and the routed experts of one expert-parallel rank.
+    ``products``: of the dense ones, those of layers that compute in FP8 where that is asked for
+    (``model/fp8/assign.py``); routed experts all do."""
 
     dense: int
     routed: int
+    products: int
 
     @property
     def total(self) -> int:
@@ -28,6 +32,7 @@ class StageParameters:
 @dataclass(frozen=True)
 class RankMemory:
     parameters: float
+    """In the compute format, and in FP8 what products take of them, kept from GATHER to GATHER."""
     gradients: float
     optimizer: float
     """Masters and moments of the owned shards."""
@@ -45,8 +50,8 @@ class RankMemory:
 def stage_parameters(operations: Operations, layers: Sequence[range]) -> list[StageParameters]:
     """Counted from the widths, stage by stage."""
     w, c = operations.workload, operations.workload.model
-    attention = sum(m.outputs * m.inputs for m in operations.attention_matrices().values())
-    attention += c.kv_lora_rank + (c.q_lora_rank or 0) + 2 * c.hidden_size  # norms
+    projections = sum(m.outputs * m.inputs for m in operations.attention_matrices().values())
+    attention = projections + c.kv_lora_rank + (c.q_lora_rank or 0) + 2 * c.hidden_size  # norms
     routed = c.n_routed_experts // w.layout.expert * 3 * c.hidden_size * c.moe_intermediate_size
     shared = 3 * c.hidden_size * c.moe_intermediate_size * c.n_shared_experts
     moe = attention + shared + c.n_routed_experts * c.hidden_size
@@ -57,13 +62,16 @@ def stage_parameters(operations: Operations, layers: Sequence[range]) -> list[St
         experts = [layer for layer in each if c.is_moe(layer)]
         own = len(experts) * moe + (len(each) - len(experts)) * dense
         count = len(experts)
+        products = len(each) * projections + count * shared
+        products += (len(each) - count) * 3 * c.hidden_size * c.intermediate_size
         own += table if stage == 0 else 0
         if stage == len(layers) - 1:
             own += table + c.hidden_size
             # Embedding and head of a multi-token-prediction module are the main model's (report, 2.2).
             own += w.mtp * (moe + 2 * c.hidden_size**2 + 3 * c.hidden_size)
+            products += w.mtp * (projections + shared)
             count += w.mtp
-        found.append(StageParameters(own, count * routed))
+        found.append(StageParameters(own, count * routed, products))
     return found
 
 
@@ -135,6 +143,7 @@ def rank_memory(
     """For each pipeline rank of the program; the same for all its replicas."""
     layout, width = workload.layout, workload.activation_width
     buffers = _buffers(workload, program)
+    block = 1 + 4 / SIZE**2 if workload.precision == "fp8" else 0.0
     logits = workload.tokens * workload.model.vocab_size * (width + 8.0)
     copies = [sorted({route[stage] for route in program.routes}) for stage in range(program.stages)]
     found = []
@@ -151,7 +160,7 @@ def rank_memory(
         )
         found.append(
             RankMemory(
-                parameters=width * held,
+                parameters=width * held + block * sum(parameters[s].products + parameters[s].routed for s in stages),
                 gradients=4.0 * held,
                 optimizer=owned * (4 + 2 * workload.moment_bytes),
                 activations=peak_activations[rank],

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from model.fp8 import payload
 from model.fp8.assign import AFTER_ATTENTION, COMBINED, DISPATCHED, PLAIN, recipes, set_precision
 from model.fp8.gemm import Emulated, Gemm, Reference
-from model.fp8.linear import Fp8Products, Recipe
+from model.fp8.linear import Fp8Products, Recipe, WeightBlocks
 from model.fp8.quantise import Scale, Tile, dequantise, quantise
 from model.linear import GroupedLinear, Linear, WeightGradients, own
 from model.mlp import MLP, Experts
@@ -124,6 +124,34 @@ def test_errors_are_the_predicted_ones(name: str, wgrad: float) -> None:
 
 
 cases = pytest.mark.parametrize("rows", [None, [130, 0, 7]], ids=["linear", "grouped"])
+
+
+@cases
+@pytest.mark.parametrize("name", sorted(recipe_names))
+@pytest.mark.parametrize("way", [immediate, deferred])
+def test_a_weight_is_quantised_once_until_it_changes_for_the_same_bits(
+    rows: list[int] | None, name: str, way: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks, made = WeightBlocks(), []
+
+    def counted(x: Tensor, tile: Tile, *rest: Any, **more: Any) -> Any:
+        made.append(tile)
+        return quantise(x, tile, *rest, **more)
+
+    monkeypatch.setattr("model.fp8.linear.quantise", counted)
+    module, recipe = layer(recipe_names[name], 136, 200, rows, seed=3), recipe_names[name]
+    x, gy = torch.randn(137, 200).bfloat16(), torch.randn(137, 136).bfloat16()
+    for write in range(2):
+        module.weight.data += write  # a write that nobody sees but who does it
+        blocks.forget()
+        module.products = Fp8Products(Emulated(), recipe)
+        wanted = way(module, x, gy, *ends_of(rows))
+        made.clear()
+        module.products = Fp8Products(Emulated(), recipe, blocks)
+        for _ in range(2):
+            assert all(map(torch.equal, way(module, x, gy, *ends_of(rows)), wanted))
+        assert made.count(Tile.BLOCK) == 1
+        assert blocks.nbytes == module.weight.numel() + 4 * (len(rows) if rows else 1) * 2 * 2
 
 
 @cases

@@ -101,8 +101,12 @@ def sum_and_gather(rank: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Te
     masters = torch.randn(len(bucket.parameters))
     bucket.master.copy_(masters[bucket.shard])
     bucket.publish()
+    whole: list[list[float]] = []
+    bucket.written.append(lambda: whole.append(bucket.parameters.float().tolist()))
     bucket.gather()
     bucket.gathered()
+    bucket.gathered()
+    assert whole == [bucket.parameters.float().tolist()], "told once, when all are there"
     return [t.tolist() for t in summed], [bucket.parameters.float().tolist(), masters.to(dtype).float().tolist()]
 
 
