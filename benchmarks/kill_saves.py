@@ -1,6 +1,6 @@
 """Is the last committed checkpoint there after a kill at any moment of a save?
 
-    python -m benchmarks.kill_saves [--kills 1000] [--seed 0] [--folder FOLDER] [--json]
+    python -m benchmarks.kill_saves [--kills 1000 | --every] [--seed 0] [--folder FOLDER] [--json]
 
 A small state is saved over and over into one folder, each time by a process of its own that is ended by SIGKILL at a
 moment drawn at random, first its kind and then its number: before, in the middle of or after a write, before or after
@@ -25,6 +25,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -147,29 +148,59 @@ def tiny_worker() -> Worker:
 
 
 def kill_saves(folder: Path, kills: int, seed: int) -> Outcome:
-    """Kill so many saves into ``folder`` and look after each."""
-    draw, outcome, worker, committed = random.Random(seed), Outcome(), tiny_worker(), 0
-    first = _one(folder, worker, 0, False, "none", 0)
-    counts = [line.split()[1:] for line in first.report if line.startswith("of ")]
-    numbers = {kind: int(count) for kind, count in counts}
-    while outcome.kills < kills:
-        step = committed + (draw.random() < 0.8)
-        asynchronous, kind = draw.random() < 0.5, draw.choice(sorted(numbers))
-        number = draw.randrange(numbers[kind] + 1)
-        save = _one(folder, worker, step, asynchronous, kind, number)
+    """Kill so many saves into ``folder`` at random and look after each."""
+    draw, saves = random.Random(seed), _Saves(folder)
+    numbers = saves.count_moments()
+    while saves.outcome.kills < kills:
+        again, asynchronous = draw.random() >= 0.8, draw.random() < 0.5
+        kind = draw.choice(sorted(numbers))
+        saves.kill(again, asynchronous, kind, draw.randrange(numbers[kind] + 1))
+    return saves.outcome
+
+
+def kill_every_save(folder: Path) -> Outcome:
+    """Kill a save at each of its moments, one after the other: of a new step and of the same one again, at once and
+    behind a loop; and look after each."""
+    saves = _Saves(folder)
+    for again, asynchronous in product((False, True), (False, True)):
+        for kind in sorted(saves.count_moments()):
+            number = 0
+            while saves.kill(again, asynchronous, kind, number):
+                number += 1
+    return saves.outcome
+
+
+class _Saves:
+    """Saves into one folder, one after the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self.outcome = Outcome()
+        self._folder, self._worker, self._committed = folder, tiny_worker(), 0
+
+    def count_moments(self) -> dict[str, int]:
+        """How many moments of each kind an undisturbed save has."""
+        whole = _one(self._folder, self._worker, self._committed, False, "none", 0)
+        counts = [line.split()[1:] for line in whole.report if line.startswith("of ")]
+        return {kind: int(count) for kind, count in counts}
+
+    def kill(self, again: bool, asynchronous: bool, kind: str, number: int) -> bool:
+        """Save a new step, or the last one ``again``, and kill that at the moment -> whether there was such a one."""
+        committed, outcome = self._committed, self.outcome
+        step = committed + (not again)
+        save = _one(self._folder, self._worker, step, asynchronous, kind, number)
         outcome.finished += save.returned
         outcome.kills += not save.returned
         outcome.at[kind] += not save.returned
-        _lose_power(folder, save.report)
-        newest = max((step_of(path) for path in published(folder) if damage(path) is None), default=-1)
+        _lose_power(self._folder, save.report)
+        newest = max((step_of(path) for path in published(self._folder) if damage(path) is None), default=-1)
         if not (step if save.returned else committed) <= newest <= step:
             how = "behind a loop" if asynchronous else "at once"
             outcome.lost.append(
                 f"save of step {step} {how}, {kind} number {number}: the newest whole checkpoint is of step {newest}, "
                 f"and {committed} was committed"
             )
-        committed = max(newest, 0)
-    return outcome
+        self._committed = max(newest, 0)
+        return not save.returned
 
 
 @dataclass(frozen=True)
@@ -226,13 +257,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--every", action="store_true", help="not at random: at each moment once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where to make the folder that is saved into")
     parser.add_argument("--json", action="store_true", help="print one object")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        outcome = kill_saves(Path(folder), arguments.kills, arguments.seed)
+        place = Path(folder)
+        outcome = kill_every_save(place) if arguments.every else kill_saves(place, arguments.kills, arguments.seed)
     if arguments.json:
         print(json.dumps({"kills": outcome.kills, "at": outcome.at, "lost": outcome.lost}))
     else:

@@ -145,7 +145,8 @@ def _soaked(config: Config, folder: Path, steps: int = ENDLESS_STEPS, restarts: 
 
 
 def _run(config: Config, folder: Path, faults: tuple[Fault, ...] = (), seconds: float | None = None) -> Ran:
-    """Train to the end, or until a step was done after so many ``seconds``, with no fault near."""
+    """Train to the end, or until a step was done after so many ``seconds``; not with a fault in the two steps that may
+    follow."""
     plan, began, near = Plan(folder / PLAN_FILE, faults), time.monotonic(), {fault.step for fault in faults}
     before = 0
 
@@ -153,7 +154,7 @@ def _run(config: Config, folder: Path, faults: tuple[Fault, ...] = (), seconds: 
         nonlocal before
         fresh, before = before and steps > before, steps
         over = seconds is not None and time.monotonic() - began > seconds
-        return bool(over and fresh and near.isdisjoint(range(steps, steps + FEWEST_STEPS_BETWEEN)))
+        return bool(over and fresh and near.isdisjoint((steps + 1, steps + 2)))
 
     with Drive(config, plan) as drive:
         attempt = drive.start(None if seconds is None else signal.SIGTERM, is_due, POLL_SECONDS)
