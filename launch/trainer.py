@@ -99,9 +99,7 @@ class Trainer:
                 self._expect_faults(drill)
             self._go_on()
             self._know_history()
-            layout, program = config.layout, self.worker.program
-            peers = [alike(layout, program, rank) for rank in range(layout.world_size)]
-            self.slow = SlowRanks(config.recovery.slow_factor, peers)
+            self.slow = SlowRanks(config.recovery.slow_factor, alike(config.layout, self.worker.program))
             keep, asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
             self.saver = Saver(self.folder.checkpoints, self.worker, keep, asynchronous)
             self.worker.end.readers.append(self.saver.copied)

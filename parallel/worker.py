@@ -358,12 +358,15 @@ class Worker:
         return DeepEPExchange(self._deepep_buffer, job.layout, self.rank, experts, *mine)
 
 
-def alike(layout: Layout, program: Program, rank: int) -> list[int]:
-    """The other ranks that hold the same stages as ``rank``, and so compute as much."""
+def alike(layout: Layout, program: Program) -> list[list[int]]:
+    """For each rank the others that hold the same stages, and so compute as much."""
     held = [sorted(program.stages_of(position)) for position in range(layout.pipeline)]
-    own = held[layout.pipeline_index(rank)]
-    same = [position for position, stages in enumerate(held) if stages == own]
-    return [other for other in layout.dense_replicas(same) if other != rank]
+    found = []
+    for rank in range(layout.world_size):
+        own = held[layout.pipeline_index(rank)]
+        same = [position for position, stages in enumerate(held) if stages == own]
+        found.append([other for other in layout.dense_replicas(same) if other != rank])
+    return found
 
 
 def _describe(what: object) -> str:

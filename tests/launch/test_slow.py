@@ -62,9 +62,9 @@ def test_who_has_more_to_do_than_others_is_measured_against_itself() -> None:
 def test_ranks_that_hold_the_same_stages_are_compared() -> None:
     layout = Layout(pipeline=4, data=2)
     both_ways = lower(generate("dualpipe", 4, 8, None))
-    assert alike(layout, both_ways, 1) == [0, 6, 7], "twins hold the same stages, and so do replicas"
+    assert alike(layout, both_ways)[1] == [0, 6, 7], "twins hold the same stages, and so do replicas"
     one_way = lower(generate("1f1b", 4, 8, None))
-    assert alike(layout, one_way, 1) == [0] and alike(Layout(pipeline=4), one_way, 1) == []
+    assert alike(layout, one_way)[1] == [0] and alike(Layout(pipeline=4), one_way)[1] == []
 
 
 def test_waiting_for_others_is_no_computing(monkeypatch: pytest.MonkeyPatch) -> None:

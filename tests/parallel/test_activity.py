@@ -54,6 +54,16 @@ def test_of_ranks_that_all_wait_the_one_that_left_something_out_is_named() -> No
     assert judge({0: before[0], 1: before[1]}, of_two) is None, "either may have left it out"
 
 
+def test_who_is_told_to_end_looks_for_nobody_to_blame() -> None:
+    store = dist.HashStore()
+    late = Activity(1, range(2), store)
+    activity = Activity(0, range(2), store, timeout_s=600)
+    activity.ending.set()
+    with pytest.raises(LostPeer) as lost, activity.waiting("dispatch", [late.rank]):
+        raise RuntimeError("Connection closed by peer")
+    assert lost.value.verdict is None and not lost.value.timed_out
+
+
 @dataclass(frozen=True)
 class Scenario:
     """Three ranks, of which the last one, in the middle of ``operation``, is ``how``."""
