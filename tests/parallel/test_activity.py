@@ -33,7 +33,7 @@ def test_who_lives_and_waits_is_not_to_blame() -> None:
     lives = {rank: record("dispatch", 5) for rank in range(3)}
     assert judge(before, lives) is None
     assert judge(before, lives | {1: before[1]}) == Blame(
-        (1,), "rank 1 is silent, dead or stopped, last heard of in dispatch (F1.0, step 7)"
+        (1,), "rank 1 is silent, dead or stopped, last heard of in dispatch (F1.0, step 7)", silent=True
     )
     assert judge(before, lives | {1: before[1]}, reader=1) is None, "it was stopped, and reads again"
     late = lives | {0: record(COMPUTING, 5, 0.01), 2: record(COMPUTING, 6, 9.5)}
