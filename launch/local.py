@@ -40,7 +40,7 @@ from launch.launcher import LOST_SERVER, Failure, Flag, Launcher
 from launch.memory_file import MemoryFile
 from launch.nodes.roster import NodeCount
 from launch.nodes.together import Together
-from launch.stop import ONE_REQUEST_SECONDS, heeded, say_between_attempts, say_not_begun
+from launch.stop import ONE_REQUEST_SECONDS, heed_no_more, heeded, say_between_attempts, say_not_begun
 
 GRACE_SECONDS = 5.0
 """How long ranks may live after the first that ended; those that wait to name a lost peer take 2."""
@@ -71,6 +71,8 @@ def start(config: Config, arguments: argparse.Namespace) -> int:
                 return _start(config, arguments, launcher, together, node)
         except SignalException as stopped:
             return 128 + stopped.sigval
+        finally:
+            heed_no_more()
 
 
 _Held = TypeVar("_Held", Keeper, Board)

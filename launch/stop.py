@@ -49,6 +49,12 @@ def end_at_once() -> None:
         signal.signal(heard, handle)
 
 
+def heed_no_more() -> None:
+    """There is nothing left to stop: what a signal would interrupt is the end of the process."""
+    for heard in heeded():
+        signal.signal(heard, signal.SIG_IGN)
+
+
 def say_not_begun() -> None:
     print("stopped before the first step", file=sys.stderr, flush=True)
 

@@ -143,6 +143,8 @@ def as_launcher(arguments: argparse.Namespace) -> int:
     except stop.Stopped as stopped:
         stop.say_not_begun()
         return 128 + stopped.number
+    finally:
+        stop.heed_no_more()
 
 
 def _check_room(config: Config, nodes: NodeCount) -> None:

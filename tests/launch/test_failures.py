@@ -1,6 +1,8 @@
 """What ends a run in the middle: one line that says so, nothing left behind, and a way to go on."""
 
+import argparse
 import json
+import logging
 import os
 import re
 import signal
@@ -12,7 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from launch import local
+from launch.attempts import Attempts
+from launch.config import load
+from launch.launcher import Launcher
 from launch.local import GRACE_SECONDS, _scratch_folder
+from launch.nodes.roster import NodeCount
 from launch.train import invocation
 from tests.launch.runs import (
     ONE_RANK,
@@ -146,6 +153,31 @@ def test_ctrl_c_before_there_is_a_rank_says_so_and_leaves_nothing(config: Path, 
     assert (process.returncode, out, error) == (130, "", "stopped before the first step\n")
     assert_gone(everyone)
     assert list(temporary.iterdir()) == []
+
+
+def test_a_signal_when_all_ranks_are_gone_stops_nothing(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last that goes is the fork server, and before it the folder with the flag that says who asked to stop."""
+
+    class Server:
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def all_steps(_config: object, _arguments: object, launcher: Launcher, attempts: Attempts, _node: object) -> int:
+        local._pass_signals_on(launcher.asked, attempts)
+        return 0
+
+    monkeypatch.setattr(logging, "disable", lambda level: None)
+    monkeypatch.setenv("TORCH_ELASTIC_WORKER_IDENTICAL", "1")  # and back to what it was
+    monkeypatch.setattr(local, "ForkServer", Server)
+    monkeypatch.setattr(local, "_start", all_steps)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        assert local.start(load(config), argparse.Namespace(nnodes=NodeCount())) == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_training_goes_on_when_nobody_reads(config: Path, tmp_path: Path) -> None:
