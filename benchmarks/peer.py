@@ -1,4 +1,4 @@
-"""Our training step against Hugging Face transformers' DeepseekV3ForCausalLM, both in this process, in turns.
+"""Our training step against Hugging Face transformers' DeepseekV3ForCausalLM, in turns.
 
     python -m benchmarks.peer [--precision bf16 fp32] [--hidden 256] [--layers 8] [--json]
 
@@ -7,15 +7,21 @@ allocator settings, optimizer step and clipping included. Ours is the ``Worker``
 weights and FP32 gradients. Theirs is what a transformers user writes: parameters, gradients and moments in the compute
 dtype, torch's fused AdamW, ``clip_grad_norm_``; experts and attention in whichever implementation is fastest here. In
 BF16 ours therefore does more: it keeps and rounds masters, and adds up gradients in FP32.
+
+Each side has a process of its own, since a CPU's compiled BF16 products have one cache in a process, which theirs, of a
+new shape for every number of rows of an expert, would keep emptying for ours. One side waits while the other computes,
+and the first steps of both do not count.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +32,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from benchmarks.measure import fastest, median, take_turns, top_operators
+from benchmarks.measure import Sample, fastest, median, take_turns, timed, top_operators
 from benchmarks.transformers_peer import build_peer, peer_loss
 from launch.config import Config, load
 from launch.rank import keep_memory
@@ -38,6 +44,7 @@ from parallel.worker import Job, Worker
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny-cpu.yaml"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ATTENTION = ("sdpa", "eager")
+WARM_UP_STEPS = 4
 HOPELESS = 2.0
 """A candidate that is this much slower than the best on one sequence is not tried on a whole micro-batch."""
 
@@ -87,6 +94,48 @@ class Theirs:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return total
+
+
+class Side:
+    """One side in a process of its own: theirs in the implementations ``chosen``, ours without. It ends with the
+    context."""
+
+    def __init__(self, job: Job, tokens: Tensor, threads: int, chosen: "Trial | None" = None) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(end, job, tokens, threads, chosen), daemon=True)
+
+    def __enter__(self) -> "Side":
+        self._process.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def ask(self, what: str) -> Any:
+        """Take a step -> its ``loss``, its ``sample`` of seconds or its top ``operators``; or the number of
+        ``parameters``. Raises EOFError when the process is gone, which has said why."""
+        self._pipe.send(what)
+        return self._pipe.recv()
+
+
+def _serve(pipe: Connection, job: Job, tokens: Tensor, threads: int, chosen: "Trial | None") -> None:
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(threads)
+    keep_memory()
+    ours = Ours(job, tokens)
+    side: Ours | Theirs = ours
+    if chosen is not None:
+        side = Theirs(build_peer(ours.model, job.dtype, chosen.attention, chosen.experts), job, tokens)
+    answers: dict[str, Callable[[], Any]] = {
+        "loss": side.step,
+        "sample": lambda: timed(side.step),
+        "operators": lambda: top_operators(side.step),
+        "parameters": lambda: sum(p.numel() for p in side.model.parameters()),
+    }
+    while True:
+        pipe.send(answers[pipe.recv()]())
 
 
 @dataclass(frozen=True)
@@ -161,30 +210,33 @@ def loss_difference(ours: Transformer, job: Job, tokens: Tensor) -> float:
     return abs(our_loss - their_loss) / their_loss
 
 
-def compare(job: Job, steps: int, profile: bool, say: Callable[[str], None]) -> dict[str, Any]:
+def compare(job: Job, steps: int, threads: int, profile: bool, say: Callable[[str], None]) -> dict[str, Any]:
     """One precision: choose their implementation, check, run in turns."""
     generator = torch.Generator().manual_seed(job.seed)
     shape = (job.global_batch_size, job.sequence_length + 1)
     tokens = torch.randint(0, job.model.vocab_size, shape, generator=generator)
-    ours = Ours(job, tokens)
-    difference = loss_difference(ours.model, job, tokens)
-    trials = try_implementations(ours.model, job, tokens)
+    model = Ours(job, tokens).model
+    difference = loss_difference(model, job, tokens)
+    trials = try_implementations(model, job, tokens)
     chosen = trials[0]
-    theirs = Theirs(build_peer(ours.model, job.dtype, chosen.attention, chosen.experts), job, tokens)
-    contestants = {"ours": ours.step, "transformers": theirs.step}
-    first_losses = {name: step() for name, step in contestants.items()}  # the warm-up too
-    samples = take_turns(contestants, steps)
-    if profile:
-        for name, step in contestants.items():
-            say(f"{name}: one step by operator\n{top_operators(step)}")
+    with Side(job, tokens, threads) as ours, Side(job, tokens, threads, chosen) as theirs:
+        contestants = {"ours": ours, "transformers": theirs}
+        first_losses = {name: side.ask("loss") for name, side in contestants.items()}
+        for side in contestants.values():
+            for _ in range(WARM_UP_STEPS - 1):
+                side.ask("loss")
+        samples: dict[str, list[Sample]] = {name: [] for name in contestants}
+        for turn in range(steps):
+            for name in contestants if turn % 2 == 0 else reversed(contestants):
+                samples[name].append(contestants[name].ask("sample"))
+        for name, side in contestants.items() if profile else ():
+            say(f"{name}: one step by operator\n{side.ask('operators')}")
+        parameters = {name: side.ask("parameters") for name, side in contestants.items()}
     medians = {name: median(of) for name, of in samples.items()}
     tokens_a_step = job.global_batch_size * job.sequence_length
     return {
         "precision": next(name for name, dtype in DTYPES.items() if dtype == job.dtype),
-        "parameters": {
-            "ours": sum(p.numel() for p in ours.model.parameters()),
-            "transformers": sum(p.numel() for p in theirs.model.parameters()),
-        },
+        "parameters": parameters,
         "fp32_loss_difference": difference,
         "first_loss": first_losses,
         "trials": [vars(t) for t in trials],
@@ -278,7 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
             micro_batch_size=options.micro_batch,
             optimizer=config.optimizer,
         )
-        results.append(compare(job, options.steps, options.profile, console.print))
+        results.append(compare(job, options.steps, options.threads, options.profile, console.print))
         print_result(console, job, results[-1], options.threads)
     if options.json:
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
