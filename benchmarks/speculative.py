@@ -19,16 +19,16 @@ from launch.evaluate import tokens_of, windows
 from launch.model_folder import LoadedModel, load_model
 from model.exchange import LocalExchange
 from model.generate import features_of
-from model.speculative import Counts, generate_speculatively
+from model.speculative import DraftCounts, generate_speculatively
 from model.transformer import Transformer
 
 
-def generated(loaded: LoadedModel, row: Sequence[int], prompts: int, prompt_tokens: int, tokens: int) -> Counts:
+def generated(loaded: LoadedModel, row: Sequence[int], prompts: int, prompt_tokens: int, tokens: int) -> DraftCounts:
     """Counts of the continuations of ``prompts`` prompts, evenly spaced in the row of tokens."""
-    total = Counts()
+    total = DraftCounts()
     for number in range(prompts):
         start = number * (len(row) - prompt_tokens) // prompts
-        prompt, counts = list(row[start : start + prompt_tokens]), Counts()
+        prompt, counts = list(row[start : start + prompt_tokens]), DraftCounts()
         for _ in generate_speculatively(loaded.model, prompt, tokens, loaded.tokenizer.end, counts):
             pass
         for key, value in vars(counts).items():

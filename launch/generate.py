@@ -13,7 +13,7 @@ import torch
 from launch.command import Parser, UsageError, reported
 from launch.model_folder import load_model
 from model.generate import bytes_a_token, generate
-from model.speculative import Counts, generate_speculatively
+from model.speculative import DraftCounts, generate_speculatively
 from model.transformer import Transformer
 
 _EPILOG = """\
@@ -77,7 +77,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     # Every document follows the end of another one, so a prompt does too.
     prompt = [tokenizer.end, *tokenizer.encode(os.fsencode(arguments.prompt))]
     _check_room(loaded.model, len(prompt), arguments.tokens, arguments.speculative)
-    counts = Counts()
+    counts = DraftCounts()
     if arguments.speculative:
         drawn = generate_speculatively(loaded.model, prompt, arguments.tokens, tokenizer.end, counts)
     else:
@@ -111,7 +111,7 @@ def _check_room(model: Transformer, prompt: int, tokens: int, speculative: bool)
     )
 
 
-def _counted(counts: Counts) -> dict[str, float]:
+def _counted(counts: DraftCounts) -> dict[str, float]:
     return {
         "steps": counts.passes,
         "tokens_per_step": counts.tokens_per_step,

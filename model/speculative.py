@@ -25,7 +25,7 @@ from model.transformer import Transformer
 
 
 @dataclass
-class Counts:
+class DraftCounts:
     """Of a generation so far. ``passes``: of the main model, the prompt's among them; without drafts each gives one of
     the ``tokens``."""
 
@@ -45,7 +45,7 @@ class Counts:
 
 @torch.no_grad()
 def generate_speculatively(
-    model: Transformer, prompt: list[int], count: int, end: int, counts: Counts
+    model: Transformer, prompt: list[int], count: int, end: int, counts: DraftCounts
 ) -> Iterator[int]:
     """The tokens of ``generate`` at temperature 0, counted in ``counts``. ``model`` has a multi-token-prediction
     module."""
@@ -77,7 +77,7 @@ def generate_speculatively(
                     features_BSD, chosen = features_BSD[:, :1], chosen[:1]
 
 
-def _pass(model: Transformer, tokens: list[int], counts: Counts) -> Tensor:
+def _pass(model: Transformer, tokens: list[int], counts: DraftCounts) -> Tensor:
     counts.passes += 1
     return features_of(model, torch.tensor([tokens], device=next(model.parameters()).device))
 

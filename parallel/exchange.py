@@ -50,7 +50,7 @@ class DispatchLayout:
 
 
 @dataclass(frozen=True)
-class Counts:
+class RowCounts:
     """What a rank knows before it sends. ``splits``: of each chunk, hop by hop; ``pairs``: those that end here;
     ``sources_C``: rows that end here by chunk and by the digits of the rank that they come from."""
 
@@ -213,7 +213,7 @@ class GroupExchange:
 
         return self._start(operation, start, range(len(self.hops))[::-1])
 
-    def _count(self, chosen_TX: Tensor) -> Counts:
+    def _count(self, chosen_TX: Tensor) -> RowCounts:
         """From what every rank of the group knows of its own tokens."""
         own = []
         for chosen in self._split(chosen_TX):
@@ -238,7 +238,7 @@ class GroupExchange:
                 chunk.append((found[at : at + size], found[at + size : at + 2 * size]))
                 at += 2 * size
         sources_CG = torch.stack([of[:, me] for of in by_hop[hops - 1 :: hops]])
-        return Counts(splits, found[at], sources_CG.unflatten(1, self.sizes))
+        return RowCounts(splits, found[at], sources_CG.unflatten(1, self.sizes))
 
     def _splits(self, rows: Tensor, h: int) -> tuple[Tensor, Tensor]:
         """Rows sent and received in hop ``h``. ``rows``: for each source rank, how many of its tokens have an expert
@@ -254,7 +254,7 @@ class GroupExchange:
         self,
         rows_MD: Tensor,
         gates_ME: Tensor,
-        counts: Counts,
+        counts: RowCounts,
         chunks: list[list[HopLayout]],
         indices_TK: Tensor,
         x_TD: Tensor,

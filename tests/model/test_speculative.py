@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from model import speculative
 from model.attention import LatentCache
 from model.generate import generate
-from model.speculative import Counts, generate_speculatively
+from model.speculative import DraftCounts, generate_speculatively
 from model.transformer import Transformer, initialise
 from tests.model.tiny import tiny
 
@@ -37,8 +37,8 @@ def trained() -> Transformer:
 MODEL = trained()
 
 
-def drafted(prompt: list[int], count: int, end: int = NONE) -> tuple[list[int], Counts]:
-    counts = Counts()
+def drafted(prompt: list[int], count: int, end: int = NONE) -> tuple[list[int], DraftCounts]:
+    counts = DraftCounts()
     return list(generate_speculatively(MODEL, prompt, count, end, counts)), counts
 
 
