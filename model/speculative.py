@@ -62,14 +62,14 @@ def generate_speculatively(
                 yield token
                 if token == end or counts.tokens == count:
                     return
-            seen = further.length
-            draft = _draft(model, further, features_BSD, row[seen + 1 :])
-            fed = [row[-1], draft] if counts.tokens + 1 < count else row[-1:]
+            fed = row[-1:]
+            if counts.tokens + 1 < count:  # the last token needs no draft of one after it
+                fed.append(_draft(model, further, features_BSD, row[further.length + 1 :]))
             features_BSD = _pass(model, fed, counts)
             chosen = _choices(model, features_BSD)
             if len(fed) == 2:
                 counts.drafted += 1
-                if chosen[0] == draft:
+                if chosen[0] == fed[1]:
                     counts.accepted += 1
                 else:
                     for cache in main:

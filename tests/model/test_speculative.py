@@ -46,8 +46,9 @@ def drafted(prompt: list[int], count: int, end: int = NONE) -> tuple[list[int], 
 @given(st.lists(st.integers(0, 39), min_size=1, max_size=9), st.integers(1, 25))
 def test_the_tokens_are_those_of_greedy_decoding(prompt: list[int], count: int) -> None:
     expected = list(generate(MODEL, prompt, count, 0.0, 0, NONE))
-    tokens, counts = drafted(prompt, count)
-    assert tokens == expected
+    with patch.object(speculative, "_draft", wraps=speculative._draft) as draft:
+        tokens, counts = drafted(prompt, count)
+    assert tokens == expected and draft.call_count == counts.drafted
     assert counts.tokens == count and counts.accepted <= counts.drafted <= counts.passes
     # A pass gives a token, and one more for each draft that was right; the first is the prompt's.
     assert count == counts.passes + counts.accepted
