@@ -227,8 +227,17 @@ class _OwnedEmbedding(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (tokens,) = ctx.saved_tensors
         gy_TD = grads[0].reshape(-1, grads[0].shape[-1]).float()
-        ctx.owner.add(ctx.weight, lambda buffer_VD: buffer_VD.index_add_(0, tokens.flatten(), gy_TD))
+        ctx.owner.add(ctx.weight, lambda buffer_VD: _add_rows(buffer_VD, tokens.flatten(), gy_TD))
         return None, None, None, None
+
+
+def _add_rows(buffer_VD: Tensor, rows_T: Tensor, values_TD: Tensor) -> None:
+    """Add each value to its row, which may come more than once, in an order that is always the same: on a GPU
+    ``index_add_`` adds atomically, in any."""
+    if buffer_VD.is_cuda:
+        buffer_VD.index_put_((rows_T,), values_TD, accumulate=True)
+    else:
+        buffer_VD.index_add_(0, rows_T, values_TD)
 
 
 class Embedding(Owned):

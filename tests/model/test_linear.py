@@ -128,6 +128,18 @@ def test_embedding(tokens: list[int], dtype: torch.dtype, seed: int) -> None:
     assert owner.take() == []
 
 
+def test_an_embedding_on_a_gpu_adds_in_an_order_that_is_always_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There ``index_add_`` has none. A CPU that calls itself a GPU shows which sum is taken, and that it is the sum."""
+    table = filled(Embedding(3, 5), 4)
+    _, buffer = owned(table)
+    numbers, gy = torch.tensor([[2, 0, 2, 2]]), torch.randn(1, 4, 5)
+    y = table(numbers)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    monkeypatch.setattr(Tensor, "index_add_", None)
+    y.backward(gy)
+    assert_near(buffer, torch.stack([gy[0, 1], torch.zeros(5), gy[0, [0, 2, 3]].sum(0)]).double())
+
+
 @pytest.mark.parametrize("widened", [True, False])
 @pytest.mark.parametrize("kind", ["linear", "grouped"])
 def test_bf16_rounds_its_results_and_nothing_else(kind: str, widened: bool, monkeypatch: pytest.MonkeyPatch) -> None:
