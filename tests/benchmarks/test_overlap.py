@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from benchmarks.overlap import main
-from benchmarks.overlap_ranks import TimedBlock, in_turn
+from benchmarks.overlap_ranks import in_turn
+from benchmarks.overlap_stage import TimedBlock
 from dualpipe.cost import PHASES, Costs
 from dualpipe.lower import lower
 from dualpipe.overlap import F, I, Phase, W
