@@ -44,24 +44,25 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_T2F, weights_T = ctx.saved_tensors
-        gx_T2F, gweights_T = swiglu_backward(x_T2F, weights_T, grads[0])
-        return gx_T2F.to(x_T2F.dtype), gweights_T
+        return swiglu_backward(x_T2F, weights_T, grads[0], x_T2F.dtype)
 
 
-def swiglu_backward(x_T2F: Tensor, weights_T: Tensor | None, gy_TF: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the input and of the gate values, in FP32."""
-    gate, up = x_T2F.float().chunk(2, dim=-1)
+def swiglu_backward(
+    x_T2F: Tensor, weights_T: Tensor | None, gy_TF: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the input, in ``dtype``, and of the gate values, in FP32; computed in FP32."""
+    gate, up = (half.float() for half in x_T2F.chunk(2, dim=-1))  # one after the other, where they are copies
     gy = gy_TF.float()
-    gx = torch.empty_like(x_T2F, dtype=torch.float32)
-    ggate, gup = gx.chunk(2, dim=-1)
     silu, gsilu, gweights_T = F.silu(gate), gy * up, None
     if weights_T is not None:
         gweights_T = torch.mul(silu, gsilu).sum(-1)
         silu.mul_(weights_T.unsqueeze(-1))
         gsilu.mul_(weights_T.unsqueeze(-1))
-    torch.mul(silu, gy, out=gup)
-    torch.ops.aten.silu_backward.grad_input(gsilu, gate, grad_input=ggate)
-    return gx, gweights_T
+    gx_T2F = torch.empty_like(x_T2F, dtype=dtype)
+    ggate, gup = gx_T2F.chunk(2, dim=-1)
+    gup.copy_(silu.mul_(gy))
+    ggate.copy_(torch.ops.aten.silu_backward(gsilu, gate))
+    return gx_T2F, gweights_T
 
 
 class MLP(Owned):
