@@ -20,6 +20,7 @@ from tests.launch.runs import ROOT, wait_for
 
 NAMES = "abcd"
 COUNT = NodeCount(2, 4)
+TWO_TRAIN = [("join", "a"), ("join", "b"), ("ready", "a"), ("ready", "b")]
 ONE_AND_A_SPARE = NodeCount(1, 2)
 
 
@@ -32,7 +33,7 @@ def begun(count: NodeCount = COUNT, max_restarts: int = 1000) -> Roster:
 @given(st.lists(st.tuples(st.sampled_from(["join", "ready", "lose", "end", "late end"]), st.sampled_from(NAMES))))
 def test_places_are_kept_and_attempts_end_once(changes: list[tuple[str, str]]) -> None:
     roster, attempts = begun(), []
-    for change, name in changes:
+    for change, name in [*TWO_TRAIN, *changes]:
         before = Roster.from_dict(json.loads(json.dumps(roster.as_dict())))
         assert before == roster, "what is written is what is read"
         known = name in roster.members
@@ -142,12 +143,12 @@ def test_a_silent_node_is_given_up_and_knows_it(join: Callable[..., Member]) -> 
         assert silent.given_up and other.view.restarts == 1
 
 
-def test_what_an_earlier_start_left_is_in_nobodys_way(join: Callable[..., Member]) -> None:
-    for name in ("killed", "stopped"):
-        left = join(job=name)
-        left.join()
-        if name == "stopped":
-            left.look(lambda roster: setattr(roster, "stop", 15))
+@pytest.mark.parametrize("stopped", [False, True])
+def test_what_an_earlier_start_left_is_in_nobodys_way(join: Callable[..., Member], stopped: bool) -> None:
+    left = join()
+    left.join()
+    if stopped:
+        left.look(lambda roster: setattr(roster, "stop", 15))
     attempt = left.view.attempt
     with join() as member:
         assert member.place == 0 and len(member.view.members) == 1 and not member.view.closed
