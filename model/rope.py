@@ -43,5 +43,6 @@ def stretch(frequencies_P: Tensor, theta: float, yarn: Yarn) -> Tensor:
 def rotate(x_BSHR: Tensor, rotations: Tensor) -> Tensor:
     """``x_BSHR`` with each of its pairs turned, in FP32, in the dtype that it came in; ``rotations`` are [S, P] or
     [B, S, P]."""
-    pairs = torch.view_as_complex(x_BSHR.float().unflatten(-1, (-1, 2)))
+    # Contiguous: pairs begin at an even number in memory, wherever a head or a latent of odd width stood before them.
+    pairs = torch.view_as_complex(x_BSHR.float().contiguous().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotations.unsqueeze(-2)).flatten(-2).to(x_BSHR.dtype)

@@ -145,16 +145,17 @@ def test_a_later_token_changes_nothing_earlier(place: int, seed: int) -> None:
 @settings(deadline=None, max_examples=30)
 @given(
     st.sampled_from([12, None]),
-    st.sampled_from([(4, 4, 6), (6, 2, 8), (4, 2, 10)]),
+    st.sampled_from([(4, 4, 6, 8), (6, 2, 8, 7), (4, 2, 10, 8), (5, 4, 7, 8)]),
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.booleans(),
     seeds,
 )
 def test_attention_with_an_owner_is_the_plain_one(
-    query_latent: int | None, dims: tuple[int, int, int], dtype: torch.dtype, documents: bool, seed: int
+    query_latent: int | None, dims: tuple[int, int, int, int], dtype: torch.dtype, documents: bool, seed: int
 ) -> None:
-    nope, rope, value = dims
-    config = tiny(q_lora_rank=query_latent, qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=value)
+    nope, rope, value, latent = dims
+    heads = {"qk_nope_head_dim": nope, "qk_rope_head_dim": rope, "v_head_dim": value}
+    config = tiny(q_lora_rank=query_latent, kv_lora_rank=latent, **heads)
     torch.manual_seed(seed)
     attention = Attention(config).to(dtype)
     for parameter in attention.parameters():
