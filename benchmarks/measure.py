@@ -80,4 +80,5 @@ class Alive(TorchDispatchMode):
         return result
 
     def bytes(self) -> int:
-        return sum(size for reference, size in self._born.values() if not reference.expired())
+        self._born = {key: entry for key, entry in self._born.items() if not entry[0].expired()}
+        return sum(size for _, size in self._born.values())

@@ -5,10 +5,10 @@ in the compute format and FP32 gradients whole; FP32 masters and both moments ar
 group (``parallel/mesh.py``), which for routed experts is smaller by the expert-parallel factor.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from dualpipe.program import Program
+from dualpipe.program import Compute, Op, Overlap, Program
 from model.fp8.quantise import SIZE
 from parallel.estimate.operations import Operations
 from parallel.estimate.workload import Workload
@@ -121,6 +121,65 @@ def _row_bytes(workload: Workload) -> Callable[[int], float]:
     """Of a row in an MLP of some width: SwiGLU's input, and its output unless that is made again, as in FP8 always."""
     parts = 2 if workload.makes_again("swiglu") else 3
     return lambda intermediate: parts * intermediate * _operand_bytes(workload)
+
+
+def layer_deferred_bytes(workload: Workload, moe: bool) -> float:
+    """What one layer keeps of one micro-batch from I to W, whatever is made again: the inputs of its linear layers and
+    the gradients of their outputs, both as products read them."""
+    c, operand = workload.model, _operand_bytes(workload)
+    fp8 = workload.precision == "fp8"
+    heads, query_latent = c.num_attention_heads, c.q_lora_rank or 0
+    inputs = c.hidden_size + query_latent + c.kv_lora_rank
+    outputs = query_latent + heads * c.qk_head_dim + c.kv_lora_rank + c.qk_rope_head_dim
+    outputs += heads * (c.qk_nope_head_dim + c.v_head_dim) + c.hidden_size
+    token: float = operand * (inputs + outputs) + heads * c.v_head_dim * (1.5 + 4 / 128 if fp8 else operand)
+
+    def row(intermediate: int) -> float:
+        """Of a row in an MLP; in FP8 the second layer's input is made of the first one's output."""
+        return operand * (2 * c.hidden_size + (4 if fp8 else 3) * intermediate)
+
+    if not moe:
+        return workload.tokens * (token + row(c.intermediate_size))
+    token += 4 * c.n_routed_experts + (4 * c.hidden_size if workload.precision != "fp32" else 0)  # of the router, FP32
+    token += row(c.n_shared_experts * c.moe_intermediate_size) if c.n_shared_experts else 0
+    return workload.tokens * (token + c.num_experts_per_tok * workload.imbalance * row(c.moe_intermediate_size))
+
+
+def deferred_bytes(workload: Workload, layers: Sequence[range]) -> list[float]:
+    """Of one micro-batch between I and W, by stage; a head keeps the gradient of its logits."""
+    c, width = workload.model, workload.activation_width
+    dense, moe = layer_deferred_bytes(workload, False), layer_deferred_bytes(workload, True)
+    found = [sum(moe if c.is_moe(layer) else dense for layer in each) for each in layers]
+    projection = 3 * c.hidden_size * _operand_bytes(workload)
+    found[-1] += (1 + workload.mtp) * workload.tokens * width * (c.hidden_size + c.vocab_size)
+    found[-1] += workload.mtp * (moe + workload.tokens * projection)
+    return found
+
+
+def held_bytes(
+    program: Program, rank: int, activation_bytes: Sequence[float], deferred_bytes: Sequence[float]
+) -> Iterator[tuple[float, float]]:
+    """(while a computing slot of the rank runs, behind it): the bytes of all micro-batches whose backward is not
+    complete. Both are of one micro-batch by stage; while an I runs, the larger."""
+    held = 0.0
+    for slot in program.slots[rank]:
+        match slot:
+            case Compute(Op.FORWARD, work):
+                during, change = activation_bytes[work.stage], activation_bytes[work.stage]
+            case Overlap(forward, backward):
+                during = activation_bytes[forward.stage]
+                change = during - activation_bytes[backward.stage]
+            case Compute(Op.BACKWARD, work):
+                during, change = 0.0, -activation_bytes[work.stage]
+            case Compute(Op.BACKWARD_INPUT, work):
+                change = deferred_bytes[work.stage] - activation_bytes[work.stage]
+                during = max(change, 0.0)
+            case Compute(Op.BACKWARD_WEIGHT, work):
+                during, change = 0.0, -deferred_bytes[work.stage]
+            case _:
+                continue
+        yield held + during, held + change
+        held += change
 
 
 def activation_bytes(workload: Workload, layers: Sequence[range]) -> list[float]:

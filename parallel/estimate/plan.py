@@ -13,6 +13,8 @@ from parallel.estimate.memory import (
     RankMemory,
     StageParameters,
     activation_bytes,
+    deferred_bytes,
+    held_bytes,
     message_bytes,
     rank_memory,
     stage_parameters,
@@ -247,8 +249,9 @@ def make_plan(workload: Workload, cluster: Cluster, run: Run, program: Program |
     parameters = stage_parameters(operations, layers)
     end = end_seconds(program, workload, cluster, parameters)
     result = _played(program, workload, cluster, layers, stages, end)
-    assert result.peak_bytes is not None
-    memory = rank_memory(program, workload, parameters, result.peak_bytes)
+    bytes_by_stage = activation_bytes(workload, layers), deferred_bytes(workload, layers)
+    peaks = [max(most for most, _ in held_bytes(program, rank, *bytes_by_stage)) for rank in range(program.ranks)]
+    memory = rank_memory(program, workload, parameters, peaks)
     return Plan(workload, cluster, run, program, layers, stages, end, result, ranks_seconds(result), memory)
 
 

@@ -19,7 +19,13 @@ from dualpipe.schedules.one_f_one_b import one_f_one_b_bubble, one_f_one_b_peak
 from dualpipe.schedules.zb1p import zb1p_bubble, zb1p_peak
 from dualpipe.schedules.zbv import zbv_bubble, zbv_peak
 from parallel.estimate.hardware import Cluster
-from parallel.estimate.memory import StageParameters, activation_bytes, rank_memory, stage_parameters
+from parallel.estimate.memory import (
+    StageParameters,
+    activation_bytes,
+    deferred_bytes,
+    rank_memory,
+    stage_parameters,
+)
 from parallel.estimate.operations import Operations
 from parallel.estimate.phases import runs
 from parallel.estimate.plan import Plan, Run, end_seconds, make_plan
@@ -118,8 +124,11 @@ class ClosedForm:
         end = end_seconds(program, workload, self.cluster, priced.parameters)
         busiest = max(_busy(workload, priced, stages, len(program.routes)) for stages in held)
         step = busiest + _bubble(workload, priced) + end.step + len(held[0]) * end.gather
+        sizes = priced.activation_bytes
+        if workload.schedule in ("zb1p", "zbv"):  # whose last ranks may wait with the weights of all that they hold
+            sizes = [max(pair) for pair in zip(sizes, priced.deferred_bytes, strict=True)]
         activations = [
-            _peak(workload, rank) * sum(priced.activation_bytes[stage] for stage in stages) / len(stages)
+            _peak(workload, rank) * sum(sizes[stage] for stage in stages) / len(stages)
             for rank, stages in enumerate(held)
         ]
         memory = rank_memory(program, workload, priced.parameters, activations)
@@ -135,7 +144,8 @@ class ClosedForm:
         if key not in self._priced:
             layers = stage_layers(workload, stages)
             costs = stage_costs(operations, layers)
-            self._priced[key] = _Priced(costs, activation_bytes(workload, layers), stage_parameters(operations, layers))
+            sizes = activation_bytes(workload, layers), deferred_bytes(workload, layers)
+            self._priced[key] = _Priced(costs, *sizes, stage_parameters(operations, layers))
         return self._priced[key]
 
     def _place(self, schedule: str, ranks: int) -> tuple[Program, tuple[tuple[int, ...], ...]]:
@@ -151,8 +161,15 @@ class ClosedForm:
 class _Priced:
     """Stages and what they take."""
 
-    def __init__(self, stages: list[StageCost], activation_bytes: list[float], parameters: list[StageParameters]):
-        self.stages, self.activation_bytes, self.parameters = stages, activation_bytes, parameters
+    def __init__(
+        self,
+        stages: list[StageCost],
+        activation_bytes: list[float],
+        deferred_bytes: list[float],
+        parameters: list[StageParameters],
+    ) -> None:
+        self.stages, self.parameters = stages, parameters
+        self.activation_bytes, self.deferred_bytes = activation_bytes, deferred_bytes
         self.alone = [stage.alone[Op.FORWARD] + stage.alone[Op.BACKWARD] for stage in stages]
         self.typical = sorted(stages, key=lambda stage: sum(stage.alone.values()))[len(stages) // 2]
         self.typical_pair = pair_seconds(self.typical, self.typical)
