@@ -95,7 +95,12 @@ class Attention(nn.Module):
         q, k, v = again(
             "mla_up", lambda q, kv, rope: self._core_inputs(q, kv, rope, positions, again), c_q, latent, k_rope
         )
-        out_BHSK = attend(q, k, v, c.softmax_scale, positions)
+        out_BHSK = again.narrowed(
+            "mla_up",
+            lambda: attend(q, k, v, c.softmax_scale, positions),
+            lambda out: core_result(out, c.v_head_dim, out.dtype).contiguous(),
+            lambda out_BSHV: F.pad(out_BSHV, (0, c.qk_head_dim - c.v_head_dim)),  # zeros, as values were padded with
+        )
         result = core_result if self.o.owner is None else _CoreResult.apply
         out = again("mla_up", lambda out: result(out, c.v_head_dim, dtype).flatten(-2), out_BHSK)
         return self.o(out, again)

@@ -57,6 +57,36 @@ class Recomputation:
             self._mark(value, _Maker(function, [self._packed_input(x) for x in inputs]))
         return value
 
+    def narrowed(
+        self,
+        member: Recomputed,
+        function: Callable[[], Tensor],
+        narrow: Callable[[Tensor], Tensor],
+        widen: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """``function()``, of whose result backward keeps ``narrow`` of it only, if ``member`` is in the policy, and
+        makes it again with ``widen``: to the same bits, and laid out in memory as it was."""
+        if member not in self.policy or not torch.is_grad_enabled():
+            return function()
+        saved: list[_Saved] = []
+
+        def pack(tensor: Tensor) -> "_Again | _Saved":
+            packed = self._pack(tensor)
+            if isinstance(packed, _Again):
+                return packed
+            saved.append(_Saved(packed))
+            return saved[-1]
+
+        with saved_tensors_hooks(pack, _unpack):
+            value = function()
+        with torch.no_grad():
+            maker = _Maker(widen, [narrow(value.detach())])
+        self._mark(value, maker)
+        for each in saved:
+            if _place(each.kept) == _place(value):
+                each.kept = _Again(maker, 0, each.kept)
+        return value
+
     def derived(self, x: Tensor, function: Callable[..., Made], *arguments: Any) -> Made:
         """``function(x, *arguments)`` without gradients, once for all who ask, and made again where ``x`` is."""
         if not torch.is_grad_enabled():
@@ -118,7 +148,15 @@ class _Again:
         return self._maker.value(self._index).as_strided(*self._view)
 
 
+class _Saved:
+    """In place of a saved tensor that may be made again: which, is known once its operation has returned."""
+
+    def __init__(self, kept: Tensor) -> None:
+        self.kept: Any = kept
+
+
 def _unpack(packed: Any) -> Any:
+    packed = packed.kept if isinstance(packed, _Saved) else packed
     return packed.tensor() if isinstance(packed, _Again) else packed
 
 

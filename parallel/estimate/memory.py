@@ -100,13 +100,13 @@ def _operand_bytes(workload: Workload) -> float:
 
 def _token_bytes(workload: Workload, moe: bool) -> float:
     """Of a token in attention, norms and router: inputs of norms and products; queries, keys, values and results of the
-    core, all as wide as the keys (``model.attention.core_inputs``)."""
+    core, as wide as the keys (``model.attention.core_inputs``) but for a result that is kept alone."""
     c, width, operand = workload.model, workload.activation_width, _operand_bytes(workload)
     heads, latents = c.num_attention_heads, (c.q_lora_rank or 0) + c.kv_lora_rank
     norms = 2 * c.hidden_size + latents
     token: float = norms * width + c.qk_rope_head_dim * width
     token += 4 * (4 if c.q_lora_rank is not None else 3) + 4 * heads  # statistics
-    token += heads * c.qk_head_dim * width
+    token += heads * (c.v_head_dim if workload.makes_again("mla_up") else c.qk_head_dim) * width  # the core's result
     if not workload.makes_again("norm"):
         token += norms * operand + (4 * c.hidden_size if moe and width < 4 else 0)  # the router reads FP32
     if not workload.makes_again("mla_up"):

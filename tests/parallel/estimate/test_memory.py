@@ -83,5 +83,5 @@ def test_a_layer_in_a_narrow_format_saves_what_is_predicted(
     workload = Workload(model, Layout(), "dualpipe", 256, 2, 1, precision, 4)
     predicted = layer_activation_bytes(workload, model.is_moe(layer))
     if core_inputs(*torch.zeros(3, 1, 1, 1, 8, dtype=torch.bfloat16))[0].dtype == torch.float32:
-        predicted += 512 * model.num_attention_heads * model.qk_head_dim * 2
+        predicted += 512 * model.num_attention_heads * model.v_head_dim * 2
     assert predicted == pytest.approx(kept_bytes(model, layer, precision, 256, 2), rel=0.02)

@@ -92,16 +92,15 @@ CASES = [
 ]
 
 
-def measured(rank: int, cases: list[Case]) -> list[tuple[float, float]]:
-    """For each case (bytes of parameters, gradients and optimizer; the most that was alive at the entry of a slot)."""
+def measured(rank: int, cases: list[Case]) -> list[float]:
+    """For each case the most bytes that were alive at the entry of a slot."""
     return [_measured(rank, case) for case in cases]
 
 
-def _measured(rank: int, case: Case) -> tuple[float, float]:
+def _measured(rank: int, case: Case) -> float:
     with Alive() as alive:
         worker = Worker(case.job, rank)
-        state, seen = alive.bytes(), [0]
-        enter = worker._enter
+        seen, enter = [0], worker._enter
 
         def entered(slot: Slot) -> None:
             seen.append(alive.bytes())
@@ -110,10 +109,10 @@ def _measured(rank: int, case: Case) -> tuple[float, float]:
         worker._enter = entered  # type: ignore[method-assign]
         count = case.microbatches * SEQUENCES
         worker.train_step(torch.randint(0, MODEL.vocab_size, (count, LENGTH + 1)), 1e-3)
-    return state, max(seen)
+    return max(seen)
 
 
-def predicted(case: Case, position: int) -> tuple[float, float]:
+def predicted(case: Case, position: int) -> float:
     """The same of a plan, behind every slot, with the pipeline's messages that may be under way."""
     w = case.workload
     program = step_program(case.schedule, case.layout.pipeline, case.microbatches)
@@ -124,10 +123,10 @@ def predicted(case: Case, position: int) -> tuple[float, float]:
     stages = activation_bytes(w, layers)
     widest = core_inputs(*torch.zeros(3, 1, 1, 1, 8, dtype=torch.bfloat16))[0].dtype
     if case.precision != "fp32" and widest == torch.float32:  # a CPU may keep the core's result in FP32
-        core = w.tokens * MODEL.num_attention_heads * MODEL.qk_head_dim * 2.0
+        core = w.tokens * MODEL.num_attention_heads * MODEL.v_head_dim * 2.0
         stages = [size + core * len(layers[stage]) for stage, size in enumerate(stages)]
     held = max(behind for _, behind in held_bytes(program, position, stages, deferred_bytes(w, layers)))
-    return state, state + memory.buffers + held
+    return state + memory.buffers + held
 
 
 def test_ranks_hold_what_is_predicted() -> None:
