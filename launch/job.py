@@ -5,30 +5,25 @@ from dataclasses import replace
 import torch
 
 from launch.config import Config, ConfigError
-from parallel import deepep
 from parallel.worker import Job
 
 
 def job_of(config: Config, device: torch.device, ranks_per_node: int, document_end: int) -> Job:
     """``ranks_per_node``: that the launcher started, where the configuration leaves it to the launcher;
-    ``document_end``: the token behind a document. Raises ConfigError when dispatch cannot go by the nodes there are, or
-    lacks a device or package."""
+    ``document_end``: the token behind a document. Raises ConfigError when dispatch cannot go by the nodes there are."""
     train, layout = config.train, config.layout
     if not layout.ranks_per_node:
         layout = replace(layout, ranks_per_node=ranks_per_node)
-    dtype = torch.float32 if config.precision.compute == "fp32" else torch.bfloat16
     try:
         if config.dispatch.kind == "hierarchical":
             layout.check_nodes()
-        if config.dispatch.kind == "deepep":
-            deepep.check(device, dtype)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return Job(
         model=config.model,
         layout=layout,
         schedule=config.schedule.name,
-        dtype=dtype,
+        dtype=torch.float32 if config.precision.compute == "fp32" else torch.bfloat16,
         device=device,
         seed=train.seed,
         sequence_length=train.sequence_length,

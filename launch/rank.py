@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from launch.config import Config, ConfigError
+from parallel import deepep
 from parallel.activity import collective_timeout
 
 Result = TypeVar("Result")
@@ -37,7 +38,18 @@ def place(environment: Mapping[str, str]) -> Place:
 
 
 def device_of(config: Config, here: Place) -> torch.device:
-    """The device of a rank. Raises ConfigError, on all ranks of a node alike, when it has too few GPUs."""
+    """The device of a rank. Raises ConfigError, on all ranks of a node alike, when it has too few GPUs, or not what
+    dispatch needs."""
+    device = _device_of(config, here)
+    if config.dispatch.kind == "deepep":
+        try:
+            deepep.check(device, config.precision.compute)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    return device
+
+
+def _device_of(config: Config, here: Place) -> torch.device:
     wanted = config.train.device
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")

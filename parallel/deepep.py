@@ -55,12 +55,12 @@ class Buffer(Protocol):
     def combine(self, x: Tensor, handle: Handle, topk_weights: Tensor | None = None) -> tuple[Tensor, Tensor, Any]: ...
 
 
-def check(device: torch.device, dtype: torch.dtype) -> None:
+def check(device: torch.device, compute: str) -> None:
     """Raises ValueError saying what is missing."""
     needs = "dispatch.kind='deepep' needs {}; dispatch.kind=hierarchical goes the same way without"
     if device.type != "cuda":
         raise ValueError(needs.format(f"CUDA with NVLink, and RDMA between nodes, not {device.type}"))
-    if dtype != torch.bfloat16:
+    if compute == "fp32":
         raise ValueError(needs.format("precision.compute=bf16 or fp8"))
     try:
         found = importlib.import_module("deep_ep")

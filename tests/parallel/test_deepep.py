@@ -12,7 +12,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from launch.config import ConfigError, load
-from launch.job import job_of
+from launch.rank import Place, device_of
 from model.fp8.quantise import dequantise
 from parallel import deepep
 from parallel.activity import Activity
@@ -90,19 +90,19 @@ def test_what_travels_in_fp8_is_the_flat_exchanges_to_the_bit() -> None:
     run_ranks(in_fp8, 4, edges(4))
 
 
-def refusal(device: str, dtype: torch.dtype = torch.bfloat16) -> str:
+def refusal(device: str, compute: str = "bf16") -> str:
     with pytest.raises(ValueError) as caught:
-        deepep.check(torch.device(device), dtype)
+        deepep.check(torch.device(device), compute)
     return str(caught.value)
 
 
 def test_what_the_kernels_lack_is_named_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load("configs/tiny-cpu.yaml", ["dispatch.kind=deepep"])
+    config = load("configs/tiny-cpu.yaml", ["dispatch.kind=deepep", "train.device=cpu"])
     with pytest.raises(ConfigError) as caught:
-        job_of(config, torch.device("cpu"), 4, 0)
+        device_of(config, Place(0, 8, 0, 8))
     assert str(caught.value) == refusal("cpu")
     assert refusal("cpu").startswith("dispatch.kind='deepep' needs CUDA")
-    assert "needs precision.compute=bf16 or fp8" in refusal("cuda", torch.float32)
+    assert "needs precision.compute=bf16 or fp8" in refusal("cuda", "fp32")
     monkeypatch.setitem(sys.modules, "deep_ep", None)
     assert "needs the package deep_ep, github.com/deepseek-ai/DeepEP" in refusal("cuda")
     package: Any = ModuleType("deep_ep")
@@ -110,7 +110,7 @@ def test_what_the_kernels_lack_is_named_before_anything_starts(monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "deep_ep", package)
     assert "needs deep_ep from version 2, not 1.2.1" in refusal("cuda")
     package.ElasticBuffer = DocumentedBuffer
-    deepep.check(torch.device("cuda"), torch.bfloat16)
+    deepep.check(torch.device("cuda"), "bf16")
     group: Any = object()
     buffer: Any = deepep.make_buffer(group, config.model, 64, True, 0.5)
     assert buffer.group is group and buffer.options["num_gpu_timeout_secs"] == 1 and buffer.options["deterministic"]
