@@ -82,6 +82,7 @@ def move_weight(worker: Worker) -> None:
 
 
 def _step(worker: Worker, config: Config, data: Dataset, step: int) -> float:
-    first, count = worker.rows(config.train.global_batch_size)
-    tokens = torch.from_numpy(data.sequences(step, first, count)) if worker.needs_data else None
+    size = config.train.global_batch_size
+    first, count = worker.rows(size)
+    tokens = torch.from_numpy(data.visits(step * size + first, count)) if worker.needs_data else None
     return worker.train_step(tokens, config.values().at(step).learning_rate).cross_entropy

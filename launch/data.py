@@ -38,7 +38,6 @@ class Dataset:
     corpora: tuple[Corpus, ...]
     weights: tuple[float, ...]
     sequence_length: int
-    global_batch_size: int
     seed: int
     document_end: int = END_OF_DOCUMENT
     """The token between documents: the last of one, and what the next one begins with."""
@@ -64,17 +63,9 @@ class Dataset:
         """Documents with anything in them, over all sources and both splits."""
         return sum(corpus.documents for corpus in self.corpora)
 
-    def batch(self, step: int) -> Batch:
-        """Every sequence of one step, ``[global_batch_size, sequence_length + 1]``; ``step`` counts from 0."""
-        return self.sequences(step, 0, self.global_batch_size)
-
-    def sequences(self, step: int, first: int, count: int) -> Batch:
-        """Rows ``first`` to ``first + count`` of ``batch(step)``; reads nothing else."""
-        assert step >= 0 and 0 <= first <= first + count <= self.global_batch_size, (step, first, count)
-        return self.visits(step * self.global_batch_size + first, count)
-
     def visits(self, first: int, count: int) -> Batch:
-        """``count`` sequences of the endless row of visits, from position ``first`` of it."""
+        """``count`` sequences of the endless row of visits, from position ``first`` of it,
+        ``[count, sequence_length + 1]``; reads nothing else."""
         sources, places = self.mixture.place(first + np.arange(count, dtype=np.int64))
         rows = np.empty((count, self.sequence_length + 1), dtype=np.int64)
         for source, corpus in enumerate(self.corpora):
@@ -146,7 +137,6 @@ def open_dataset(config: Config) -> Dataset:
         corpora=tuple(_open(config, tokenizer, part.source, key) for key, part in parts),
         weights=tuple(part.weight for _, part in parts),
         sequence_length=train.sequence_length,
-        global_batch_size=train.global_batch_size,
         seed=train.seed,
         document_end=tokenizer.end,
     )

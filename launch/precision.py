@@ -80,7 +80,7 @@ def _check_memory(config_name: str, config: Config) -> None:
 
 def measure(config: Config, choice: Choice) -> dict[str, Probe]:
     """The probes of every FP8 layer, after one micro-batch of the training data."""
-    rows = open_dataset(config).sequences(0, 0, config.train.micro_batch_size)
+    rows = open_dataset(config).visits(0, config.train.micro_batch_size)
     tokens_BS = torch.from_numpy(rows)
     model = Transformer(config.model)
     initialise(model, config.train.seed)

@@ -71,7 +71,7 @@ def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path: Path, monkeypatch
 
 def _open(config: Config) -> tuple[str, int]:
     data = open_dataset(config)
-    return data.fingerprint, int(data.batch(3).sum())
+    return data.fingerprint, int(data.visits(12, 4).sum())
 
 
 def test_ranks_that_start_at_once_see_the_same_data(tmp_path: Path, cache: Path) -> None:

@@ -59,21 +59,18 @@ def test_of_many_sources_each_order_is_drawn_once_an_epoch(monkeypatch: pytest.M
     generator = np.random.PCG64
     monkeypatch.setattr(np.random, "PCG64", lambda seed: drawn.append(seed) or generator(seed))
     sources = tuple(numbers(str(n), 100 * n, 21) for n in range(40))  # ten windows of two tokens and one more each
-    data = Dataset(sources, (1.0,) * 40, 2, 40, seed=7)
-    for step in range(25):
-        for first in (0, 20):
-            data.sequences(step, first, 20)
+    data = Dataset(sources, (1.0,) * 40, 2, seed=7)
+    for first in range(0, 1000, 20):
+        data.visits(first, 20)
     assert Counter(map(str, drawn)) == {f"[7, {epoch}]": 40 for epoch in range(3)}
 
 
 @settings(max_examples=40)
-@given(
-    st.integers(5, 60), st.integers(5, 60), st.floats(0.1, 9), st.integers(1, 4), st.integers(0, 9), st.integers(1, 30)
-)
+@given(st.integers(5, 60), st.integers(5, 60), st.floats(0.1, 9), st.integers(1, 4), st.integers(0, 9))
 def test_a_mixed_stream_visits_every_window_of_a_source_once_an_epoch_and_needs_no_state(
-    one: int, two: int, weight: float, length: int, seed: int, batch: int
+    one: int, two: int, weight: float, length: int, seed: int
 ) -> None:
-    data = Dataset((numbers("a", 0, one), numbers("b", 1000, two)), (weight, 1.0), length, batch, seed)
+    data = Dataset((numbers("a", 0, one), numbers("b", 1000, two)), (weight, 1.0), length, seed)
     rows = data.visits(0, 200)
     assert (rows == rows[:, :1] + np.arange(length + 1)).all(), "a row is a window of one source"
     for corpus, start in zip(data.corpora, (0, 1000), strict=True):
@@ -83,17 +80,15 @@ def test_a_mixed_stream_visits_every_window_of_a_source_once_an_epoch_and_needs_
         every = list(range(start, start + epoch * length, length))
         for at in range(0, len(firsts) - epoch + 1, epoch):
             assert sorted(firsts[at : at + epoch]) == every
-    again = Dataset(data.corpora, data.weights, length, 1, seed)
-    for place in (0, 100, 199):
-        step, row = divmod(place, batch)
-        assert (data.batch(step)[row] == rows[place]).all(), "in a step"
-        assert (again.batch(place)[0] == rows[place]).all(), "resumed, with another batch size"
+    again = Dataset(data.corpora, data.weights, length, seed)
+    for place in (199, 100, 0):
+        assert (again.visits(place, 1)[0] == rows[place]).all(), "entered anywhere"
 
 
 def test_bytes_of_a_token_are_those_of_the_sequences_that_are_validated() -> None:
     """A source with too few validation windows for its share counts for those that it has."""
     many, few = numbers("many", 0, 100), numbers("few", 0, 5)
-    data = Dataset((replace(many, bytes_per_token=4.0), replace(few, bytes_per_token=2.0)), (1.0, 1.0), 4, 1, seed=0)
+    data = Dataset((replace(many, bytes_per_token=4.0), replace(few, bytes_per_token=2.0)), (1.0, 1.0), 4, seed=0)
     assert len(data.validation_sequences(8)) == 5, "four of the one, and the one that the other has"
     assert data.validation_bytes_per_token(8) == (4 * 4.0 + 1 * 2.0) / 5
     assert data.validation_bytes_per_token(2) == 3.0

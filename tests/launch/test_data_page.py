@@ -56,7 +56,7 @@ def test_every_command_finds_its_data(corpus: Path) -> None:
     for words in commands():
         assert words[:3] == ["dualpipe", "train", "configs/tiny-cpu.yaml"]
         config = load(words[2], words[3:])
-        assert open_dataset(config).batch(0).shape == (32, 257)
+        assert open_dataset(config).visits(0, 2).shape == (2, 257)
 
 
 def test_the_file_and_the_overrides_say_the_same_and_the_page_shows_the_start_of_that_run(corpus: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_run_mixes_keeps_apart_fills_in_and_says_so(corpus: Path, tmp_path: Pa
 
     model = Transformer(config.model)
     initialise(model, config.train.seed)
-    rows = torch.from_numpy(data.batch(0))
+    rows = torch.from_numpy(data.visits(0, 8))
     assert (rows == 258).any() and (rows == 256).any() and (rows[:, -1] != 256).any()
     with torch.no_grad():
         apart, crossing = (

@@ -13,27 +13,25 @@ from launch.data import Dataset, bits_per_byte
 from launch.data_corpus import Corpus
 
 
-def stream(train_tokens: int, sequence_length: int, global_batch_size: int, seed: int) -> Dataset:
+def stream(train_tokens: int, sequence_length: int, seed: int) -> Dataset:
     """A data set whose training token i has the value i, so that a window shows where it came from."""
     tokens = np.arange(train_tokens, dtype=np.uint16)
     corpus = Corpus("numbers", tokens, tokens, 1, 1.0, "")
-    return Dataset((corpus,), (1.0,), sequence_length, global_batch_size, seed)
+    return Dataset((corpus,), (1.0,), sequence_length, seed)
 
 
 sizes = {
     "tokens": st.integers(30, 400),
     "length": st.integers(1, 20),
-    "batch": st.integers(1, 50),
     "seed": st.integers(0, 9),
 }
 
 
 @given(**sizes)
-def test_an_epoch_visits_every_window_once(tokens: int, length: int, batch: int, seed: int) -> None:
-    data = stream(tokens, length, batch, seed)
+def test_an_epoch_visits_every_window_once(tokens: int, length: int, seed: int) -> None:
+    data = stream(tokens, length, seed)
     windows = data.corpora[0].windows(length)
-    steps = -(-2 * windows // batch)
-    rows = np.concatenate([data.batch(step) for step in range(steps)])
+    rows = data.visits(0, 2 * windows)
     assert (rows == rows[:, :1] + np.arange(length + 1)).all(), "a row is a contiguous window"
     every_start = Counter(range(0, windows * length, length))
     for epoch in (0, 1):
@@ -41,30 +39,30 @@ def test_an_epoch_visits_every_window_once(tokens: int, length: int, batch: int,
         assert Counter(visited.tolist()) == every_start
 
 
-@given(**sizes, step=st.integers(0, 1000), cuts=st.lists(st.integers(0, 50), max_size=5))
+@given(**sizes, first=st.integers(0, 50_000), batch=st.integers(1, 50), cuts=st.lists(st.integers(0, 50), max_size=5))
 def test_rows_do_not_depend_on_how_a_step_is_shared_out(
-    tokens: int, length: int, batch: int, seed: int, step: int, cuts: list[int]
+    tokens: int, length: int, seed: int, first: int, batch: int, cuts: list[int]
 ) -> None:
-    whole = stream(tokens, length, batch, seed).batch(step)
+    whole = stream(tokens, length, seed).visits(first, batch)
     assert whole.shape == (batch, length + 1) and whole.dtype == np.int64
     edges = sorted({0, batch, *(min(cut, batch) for cut in cuts)})
-    other = stream(tokens, length, batch, seed)
-    pieces = [other.sequences(step, first, end - first) for first, end in pairwise(edges)]
+    other = stream(tokens, length, seed)
+    pieces = [other.visits(first + start, end - start) for start, end in pairwise(edges)]
     assert (np.concatenate(pieces) == whole).all()
 
 
 def test_seed_and_epoch_change_the_order() -> None:
-    data = stream(4000, 4, 999, 1)
+    data = stream(4000, 4, seed=1)
     assert data.corpora[0].windows(4) == 999
-    first, second = data.batch(0), data.batch(1)
+    first, second = data.visits(0, 999), data.visits(999, 999)
     assert (first != second).any()
-    assert (first != replace(data, seed=2).batch(0)).any()
+    assert (first != replace(data, seed=2).visits(0, 999)).any()
     assert (first[:, 0] != np.sort(first[:, 0])).any()
 
 
 @given(tokens=st.integers(2, 400), length=st.integers(1, 20), count=st.integers(0, 40))
 def test_validation_windows_are_distinct_whole_and_spread_evenly(tokens: int, length: int, count: int) -> None:
-    data = stream(tokens, 1, 1, 1)
+    data = stream(tokens, 1, seed=1)
     rows = data.validation_sequences(count, length)
     available = (tokens - 1) // length
     assert rows.shape == (min(count, available), length + 1)
