@@ -175,15 +175,15 @@ class Linear(Owned):
 class _SplitGroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, weight_EFD: nn.Parameter, ends_E: Tensor, owner: WeightGradients) -> Tensor:
-        ctx.save_for_backward(x_RD, weight_EFD, ends_E)
-        ctx.weight, ctx.owner = weight_EFD, owner
+        ctx.save_for_backward(x_RD, weight_EFD)
+        ctx.weight, ctx.owner, ctx.ends_E = weight_EFD, owner, ends_E
         w_EDF = gemm_operand(weight_EFD).transpose(1, 2)
         return F.grouped_mm(gemm_operand(x_RD), w_EDF, offs=ends_E).to(x_RD.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_RD, weight_EFD, ends_E = ctx.saved_tensors
-        x_RD = x_RD.detach()
+        x_RD, weight_EFD = ctx.saved_tensors
+        x_RD, ends_E = x_RD.detach(), ctx.ends_E
         gy_RF = gemm_operand(grads[0].contiguous())
 
         def contribute(buffer_EFD: Tensor) -> None:

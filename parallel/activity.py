@@ -194,7 +194,8 @@ class Activity:
                 before = self.read()
                 ended = self.ending.wait(SILENT_BEATS * self._beat_s)
                 found = None if ended else judge(before, self.read(), self.rank)
-                known = self._store.compare_set("activity/verdict", "", found.words).decode() if found else ""
+                # A rank that is told to end may take a verdict that another has come to meanwhile.
+                known = self._store.compare_set("activity/verdict", "", found.words if found else "").decode()
             return known or None
         return None
 

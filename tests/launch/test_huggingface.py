@@ -265,12 +265,9 @@ def test_a_tokenizer_of_its_own_travels_with_the_model(theirs: Path, tmp_path: P
     assert (own / "tokenizer.json").exists()
     config = load(tmp_path / "run" / "config.yaml")
     assert config.data.tokenizer == str(own)
-    assert max(open_dataset(config).corpora[0].train) <= 2 and json.loads(
-        (tmp_path / "run" / "data.json").read_text()
-    ) == {
-        "source": str(text),
-        "fingerprint": open_dataset(config).fingerprint,
-    }
+    data = open_dataset(config)
+    assert max(data.corpora[0].train) <= 2
+    assert json.loads((tmp_path / "run" / "data.json").read_text())["fingerprint"] == data.fingerprint
     assert export_hf.main([str(tmp_path / "run"), "--hf", str(tmp_path / "back")]) == 0
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     config = json.loads((tmp_path / "back" / "config.json").read_text())

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from launch.nodes.roster_file import RosterFile
-from tests.launch.runs import assert_gone, descendants, entries, start, wait_for
+from tests.launch.runs import Start, assert_gone, descendants, entries, wait_for
 
 ENDLESS = [
     "layout.pipeline=1",
@@ -51,7 +51,7 @@ def recovered(run: Path, **failure: Any) -> tuple[dict[str, Any], dict[str, Any]
 
 
 @pytest.fixture
-def nodes(config: Path) -> Iterator[list[subprocess.Popen[str]]]:
+def nodes(config: Path, start: Start) -> Iterator[list[subprocess.Popen[str]]]:
     """Three launchers, of which two train."""
     words = [*ENDLESS, "recovery.max_restarts=20", "recovery.replicate_every=1", "--nnodes", "2:3"]
     processes = [start(config, *words) for _ in range(3)]

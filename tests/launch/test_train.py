@@ -186,7 +186,7 @@ def test_an_incomplete_checkpoint_is_skipped_and_alone_it_is_refused(config: Pat
         ("train.global_batch_size=2000000000", ["micro-batches", "= 1000000000", "at most 65536"]),
         (
             "layout.data=999 layout.expert=1 train.global_batch_size=3996",
-            ["layout.data=999", "= 1998 ranks", "torchrun"],
+            ["layout.data=999", "= 1998 ranks", "--nnodes"],
         ),
         ("--nothing", ["--nothing"]),
     ],

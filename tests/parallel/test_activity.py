@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,6 +63,21 @@ def test_who_is_told_to_end_looks_for_nobody_to_blame() -> None:
     with pytest.raises(LostPeer) as lost, activity.waiting("dispatch", [late.rank]):
         raise RuntimeError("Connection closed by peer")
     assert lost.value.verdict is None and not lost.value.timed_out
+
+
+def test_who_is_told_to_end_repeats_what_another_has_found_meanwhile() -> None:
+    class Told(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            store.set("activity/verdict", "rank 1 is silent")
+            return True
+
+    store = dist.HashStore()
+    late = Activity(1, range(2), store)
+    activity = Activity(0, range(2), store, timeout_s=600)
+    activity.ending = Told()
+    with pytest.raises(LostPeer, match="^dispatch with rank 1: rank 1 is silent$"):
+        with activity.waiting("dispatch", [late.rank]):
+            raise RuntimeError("Timed out")
 
 
 @dataclass(frozen=True)

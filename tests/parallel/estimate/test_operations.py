@@ -111,7 +111,7 @@ def test_a_token_meets_as_many_nodes_as_the_router_lets_it() -> None:
     assert 3.9 < limited.nodes <= 4
     assert free.nodes == pytest.approx(5.29, abs=0.05)
     assert limited.remote_nodes == pytest.approx(limited.nodes * 7 / 8)
-    assert routes(256, 8, 8, 4, 1, 1) == (1.0, 1.0, 0.0)
+    assert routes(256, 8, 8, 4, 1, 1) == (1.0, 1.0, 0.0, 0.0)
 
 
 def test_one_rank_owns_all_experts_and_exchanges_nothing() -> None:
