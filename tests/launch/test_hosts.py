@@ -194,7 +194,13 @@ def test_who_does_not_heed_the_failure_of_another_is_killed() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_reach_the_command_on_every_node(number: signal.Signals) -> None:
     before = machine()
-    with started(*TWO_NODES, "--", "sh", "-c", f"trap 'echo heard; exit 3' {number.name[3:]}; {WAIT}") as process:
+    # Not a shell: a signal right before its `wait` is heard when what it waits for has ended.
+    waits = (
+        f"import signal, subprocess; signal.pthread_sigmask(signal.SIG_BLOCK, [{number:d}]); "
+        "subprocess.Popen(['sleep', '1000'], start_new_session=True); print('ready', flush=True); "
+        f"signal.sigwait([{number:d}]); print('heard'); raise SystemExit(3)"
+    )
+    with started(*TWO_NODES, "--", sys.executable, "-c", waits) as process:
         watched = Watched(process, before)
         process.send_signal(number)
         out, errors = process.communicate(timeout=30)
