@@ -98,7 +98,7 @@ class Attention(nn.Module):
         out_BHSK = again.narrowed(
             "mla_up",
             lambda: attend(q, k, v, c.softmax_scale, positions),
-            lambda out: core_result(out, c.v_head_dim, out.dtype).contiguous(),
+            lambda out: _without_padding(out, c.v_head_dim),
             lambda out_BSHV: F.pad(out_BSHV, (0, c.qk_head_dim - c.v_head_dim)),  # zeros, as values were padded with
         )
         result = core_result if self.o.owner is None else _CoreResult.apply
@@ -167,6 +167,13 @@ def core_inputs(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor) -> tuple[Tensor,
 def core_result(out_BHSK: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """[B, S, H, V] of what the core returned: ``width`` is that of the values without their padding."""
     return out_BHSK.transpose(1, 2)[..., :width].to(dtype)
+
+
+def _without_padding(out_BHSK: Tensor, width: int) -> Tensor | None:
+    """[B, S, H, V]; None where there is no padding, or what padding it again gives would lie otherwise in memory, as
+    after an unfused core."""
+    padded = width < out_BHSK.shape[-1] and out_BHSK.transpose(1, 2).is_contiguous()
+    return core_result(out_BHSK, width, out_BHSK.dtype).contiguous() if padded else None
 
 
 class _CoreInputs(torch.autograd.Function):

@@ -61,11 +61,12 @@ class Recomputation:
         self,
         member: Recomputed,
         function: Callable[[], Tensor],
-        narrow: Callable[[Tensor], Tensor],
+        narrow: Callable[[Tensor], Tensor | None],
         widen: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """``function()``, of whose result backward keeps ``narrow`` of it only, if ``member`` is in the policy, and
-        makes it again with ``widen``: to the same bits, and laid out in memory as it was."""
+        makes it again with ``widen``: to the same bits, and laid out in memory as it was. A result that cannot be made
+        so, of which ``narrow`` is None, is kept as it is."""
         if member not in self.policy or not torch.is_grad_enabled():
             return function()
         saved: list[_Saved] = []
@@ -80,7 +81,10 @@ class Recomputation:
         with saved_tensors_hooks(pack, _unpack):
             value = function()
         with torch.no_grad():
-            maker = _Maker(widen, [narrow(value.detach())])
+            kept = narrow(value.detach())
+        if kept is None:
+            return value
+        maker = _Maker(widen, [kept])
         self._mark(value, maker)
         for each in saved:
             if _place(each.kept) == _place(value):

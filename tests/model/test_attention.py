@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from model.attention import Attention, attend, core_inputs, core_result
+from model.config import Recompute
 from model.linear import WeightGradients, own
 from model.positions import Positions, documents_of, places_in
+from model.recompute import Recomputation
 from model.rope import rotations
 from tests.model.tiny import tiny
 
@@ -178,3 +180,33 @@ def test_attention_with_an_owner_is_the_plain_one(
     rounding = FP32 if dtype == torch.float32 else 2.0**-5
     for mine, want in zip([got, *found, *buffers.values()], wanted, strict=True):
         torch.testing.assert_close(mine.double(), want.double(), rtol=0, atol=rounding * want.abs().max().item())
+
+
+@pytest.mark.parametrize("policy", [("mla_up",), ("norm", "mla_up", "swiglu"), "full"])
+@pytest.mark.parametrize("dims", [(4, 4, 6), (4, 4, 8), (4, 2, 10)])  # values narrower than keys, as wide, and wider
+@pytest.mark.parametrize("documents", [False, True])
+def test_recomputation_changes_no_bit_whatever_the_values_width(
+    policy: Recompute, dims: tuple[int, int, int], documents: bool
+) -> None:
+    nope, rope, value = dims
+    config = tiny(qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=value)
+    turns = rotations(7, rope, config.rope_theta)
+    documents_BS = documents_of(torch.tensor([[1, 0, 1, 1, 0, 1, 1]]), 0)
+    positions = Positions(turns[places_in(documents_BS)], documents_BS) if documents else Positions(turns)
+    torch.manual_seed(3)
+    attention = Attention(config)
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x, gy = (torch.randn(1, 7, config.hidden_size) for _ in range(2))
+    results = []
+    for each in ((), policy):
+        buffers = {p: torch.zeros(p.shape) for p in attention.parameters()}
+        owner = WeightGradients(buffers)
+        own(attention, owner)
+        leaf = x.clone().requires_grad_()
+        y = Recomputation(each).phase(lambda x, again: attention(x, positions, again), leaf)
+        (gx,) = torch.autograd.grad(y, leaf, gy)
+        owner.apply(owner.take())
+        results.append([y.detach(), gx, *buffers.values()])
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
