@@ -14,7 +14,6 @@ pairs held here, sorted by expert.
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -25,10 +24,10 @@ from model.config import ModelConfig
 from model.exchange import Dispatched, Pending
 from model.fp8 import payload
 from model.fp8.formats import E4M3
-from model.fp8.quantise import Quantised, Scale, Tile, dequantise, quantise
+from model.fp8.quantise import SIZE, Quantised, Scale, Tile, dequantise, quantise
 from parallel.activity import Activity
-from parallel.comm_stream import CommStream
-from parallel.hop import Bags, Traffic
+from parallel.comm_stream import Chain, CommStream
+from parallel.hop import Bags, Traffic, awaited
 from parallel.mesh import Layout
 
 Sent = Tensor | tuple[Tensor, Tensor]
@@ -189,15 +188,8 @@ class DeepEPExchange:
 
         return Pending(finish)
 
-    def _start(self, operation: str, chain: Any) -> Pending[list[Tensor]]:
-        with self.activity.waiting(operation, self.members):
-            pending = self.stream.start(chain, 1)
-
-        def finish() -> list[Tensor]:
-            with self.activity.waiting(operation, self.members):
-                return pending.wait()
-
-        return Pending(finish)
+    def _start(self, operation: str, chain: Chain) -> Pending[list[Tensor]]:
+        return awaited(self.stream, chain, 1, self.activity, operation, self.members)
 
     def _sent(self, x_TD: Tensor) -> Sent:
         if not self.fp8:
@@ -211,7 +203,7 @@ class DeepEPExchange:
 
     def _row_bytes(self, rows: Tensor, narrow: bool = False) -> int:
         width = rows.shape[1]
-        return width + 4 * -(-width // 128) if narrow and self.fp8 else width * rows.element_size()
+        return width + 4 * -(-width // SIZE) if narrow and self.fp8 else width * rows.element_size()
 
     def _count(self, crossings: tuple[Tensor, Tensor], row_bytes: int) -> None:
         """Whoever sends: what returns to a rank is counted by it too, and only sums over ranks are reported. The sums
@@ -256,8 +248,8 @@ class DeepEPExchange:
 
 def _arrived(*tensors: Tensor) -> list[Pending[Tensor]]:
     """What a kernel that is queued will have written."""
-    return [Pending(partial(_same, tensor)) for tensor in tensors]
+    return [_there(tensor) for tensor in tensors]
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+def _there(tensor: Tensor) -> Pending[Tensor]:
+    return Pending(lambda: tensor)

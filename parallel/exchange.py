@@ -30,7 +30,7 @@ from model.fp8 import payload
 from model.fp8.quantise import dequantise
 from parallel.activity import Activity
 from parallel.comm_stream import CommStream, HostStream
-from parallel.hop import ABSENT, Bags, Hop, HopLayout, Traffic, numbered, pack, true_places, unpack
+from parallel.hop import ABSENT, Bags, Hop, HopLayout, Traffic, awaited, numbered, pack, true_places, unpack
 
 Splits = tuple[list[int], list[int]]
 """Rows sent to and received from each peer of a hop."""
@@ -190,14 +190,7 @@ class GroupExchange:
                 pending = [start(h, c, before.wait()) for c, before in enumerate(pending)]
             return pending
 
-        with self.activity.waiting(operation, self.members):
-            pending = self.stream.start(chain, len(order))
-
-        def finish() -> list[Tensor]:
-            with self.activity.waiting(operation, self.members):
-                return pending.wait()
-
-        return Pending(finish)
+        return awaited(self.stream, chain, len(order), self.activity, operation, self.members)
 
     def _return(
         self, operation: str, rows: Tensor, layout: DispatchLayout, home: Callable[[Tensor, int, HopLayout], Tensor]

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.exchange import Pending
-from parallel.comm_stream import CommStream
+from parallel.activity import Activity
+from parallel.comm_stream import Chain, CommStream
 
 ABSENT = -torch.inf
 """The gate value of an expert that was not chosen."""
@@ -102,6 +103,21 @@ class Hop:
             return arrived
 
         return Pending(finish)
+
+
+def awaited(
+    stream: CommStream, chain: Chain, hops: int, activity: Activity, operation: str, members: Sequence[int]
+) -> Pending[list[Tensor]]:
+    """The chain of an exchange, started; this rank is known to wait for ``members`` in ``operation`` whenever it does.
+    Raises LostPeer, now or in ``wait``."""
+    with activity.waiting(operation, members):
+        pending = stream.start(chain, hops)
+
+    def finish() -> list[Tensor]:
+        with activity.waiting(operation, members):
+            return pending.wait()
+
+    return Pending(finish)
 
 
 def pack(rows: Tensor, gates: Tensor) -> Tensor:

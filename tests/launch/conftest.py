@@ -1,6 +1,7 @@
 """What the tests of the commands share."""
 
 import random
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,3 +57,12 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     words = random.Random(0).choices(["pipeline", "bubble", "expert", "stage", "token"], k=600)
     (tmp_path / "text.txt").write_text(" ".join(words))
     return tmp_path / "text.txt"
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """As they were: the command listens to them for as long as its process lives."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,8 @@ from parallel import checkpoint, manifest
 from parallel.checkpoint import Progress
 from tests.launch.runs import ROOT
 
+pytestmark = pytest.mark.usefixtures("signals")
+
 TWO_RANKS = {"layout: {pipeline: 2, data: 2, expert: 2}": "layout: {pipeline: 1, data: 2, expert: 2}"}
 
 
@@ -52,15 +53,6 @@ def two_ranks(config: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     config.write_text(text)
     monkeypatch.chdir(ROOT)
     return config
-
-
-@pytest.fixture(autouse=True)
-def _signals() -> Iterator[None]:
-    """The command listens to signals for as long as its process lives."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def test_whatever_is_broken_does_not_show_in_the_end(

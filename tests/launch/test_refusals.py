@@ -1,25 +1,16 @@
 """Whatever a path of the train command leads to that cannot be used: one line, status 2, and nothing is made."""
 
 import os
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from launch.train import main
 
+pytestmark = pytest.mark.usefixtures("signals")
+
 LONG = "a" * 300
 """More than a file system takes as a name."""
-
-
-@pytest.fixture(autouse=True)
-def _signals() -> Iterator[None]:
-    """The command listens to signals for as long as its process lives."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
