@@ -187,9 +187,13 @@ def test_every_single_fault_is_caught(victim: str, faults) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_a_fault_in_a_program_of_any_size_is_caught(data: st.DataObject) -> None:
-    program = lower(draw_order(data), data.draw(st.integers(1, 3), "window"), data.draw(st.booleans(), "training"))
+    order, window = draw_order(data), data.draw(st.integers(1, 3), "window")
+    program = lower(order, window, data.draw(st.booleans(), "training"))
     rank = data.draw(st.integers(0, program.ranks - 1), "rank")
+    # One rank's only backward left out: not a fault, but the evaluation of that micro-batch, slot by slot.
+    whole = lower(forward_only(order, order.microbatches), window, training=False).slots
     mutants = [mutant for faults in FAULTS for mutant in faults(list(program.slots[rank]))]
+    mutants = [mutant for mutant in mutants if with_row(program, rank, mutant[1]).slots != whole]
     for _, row in data.draw(st.lists(st.sampled_from(mutants), min_size=5, max_size=5), "faults"):
         for judge in (validate, lambda p: simulate(p, Costs())):
             with pytest.raises(ProgramError, match=r"^rank "):

@@ -114,7 +114,7 @@ rank = dist.get_rank()
 name = socket.gethostname()
 everyone = [None] * dist.get_world_size()
 dist.all_gather_object(everyone, [rank, name, socket.gethostbyname(name)])
-measured = {"everyone": everyone, "between": between(12), "inside": inside(40)}
+measured = {"everyone": everyone, "between": [between(12) for _ in range(3)], "inside": [inside(40) for _ in range(3)]}
 with open(sys.argv[1] + name, "w") as file:
     json.dump(measured, file)
 dist.destroy_process_group()
@@ -131,9 +131,10 @@ def test_ranks_meet_over_capped_links(tmp_path: Path) -> None:
     for node in ("node0", "node1"):
         measured = json.loads((tmp_path / node).read_text())
         assert measured["everyone"] == [[0, "node0", "10.77.0.1"], [1, "node1", "10.77.0.2"]]
-        # Above the cap only by what a full token bucket lets pass at first, 0.13 of 12 MB, and headers take 1 %.
-        assert 300 < measured["between"] < 410
-        assert 960 < measured["inside"] < 1310
+        # Above the cap only by what a full token bucket lets pass at first, 0.13 of 12 MB, and headers take 1 %. Below
+        # it what else the machine does may take a share, but not of every measurement.
+        assert 300 < max(measured["between"]) < 410
+        assert 960 < max(measured["inside"]) < 1310
     assert machine() == before
 
 
