@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from launch.config import Config, ConfigError
+from model.fp8.gemm import choose
 from parallel import deepep
 from parallel.activity import collective_timeout
 
@@ -38,9 +39,11 @@ def place(environment: Mapping[str, str]) -> Place:
 
 
 def device_of(config: Config, here: Place) -> torch.device:
-    """The device of a rank. Raises ConfigError, on all ranks of a node alike, when it has too few GPUs, or not what
-    dispatch needs."""
+    """The device of a rank. Raises ConfigError or PrecisionError, on all ranks of a node alike, when there are too few
+    GPUs, or not what FP8 or dispatch needs."""
     device = _device_of(config, here)
+    if config.precision.compute == "fp8":
+        choose(config.precision.backend, device)
     if config.dispatch.kind == "deepep":
         try:
             deepep.check(device, config.precision.compute)

@@ -67,12 +67,14 @@ def _rank(
     import torch
     import torch.distributed as dist
 
+    from launch.rank import leave
+
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
             "gloo", store=dist.FileStore(str(store), world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
         )
         write.send((None, function(rank, *arguments)))
-        dist.destroy_process_group()
+        leave()
     except BaseException:
         write.send((traceback.format_exc(), None))

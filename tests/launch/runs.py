@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
+from torch.distributed import TCPStore
 
 from tests.ranks import fork_server
 
@@ -54,10 +54,15 @@ def train(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
 def train_forked(config: Path, *overrides: str, ranks: int = 4) -> subprocess.CompletedProcess[str]:
     """The command as torchrun starts it on every rank, forked from a server that has torch imported: for tests of what
     a run reads and writes, at a third of the cost of ``train``. Output of all ranks; status of rank 0."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    job = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent, it outlives ranks
+    job = {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": str(True),
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
     words, context = ["train", str(config), *overrides], fork_server()
     with tempfile.TemporaryDirectory() as folder:
         out, error = (Path(folder) / name for name in ("out", "error"))

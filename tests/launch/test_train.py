@@ -281,6 +281,7 @@ def test_an_fp8_run_resumes_to_the_same_bytes(config: Path, tmp_path: Path) -> N
     )
     assert refused.returncode == 2 and refused.stderr.count("error:") == 1
     assert "scaled_mm needs a Hopper GPU" in refused.stderr and "emulated" in refused.stderr
+    assert not (tmp_path / "none").exists()
 
 
 def test_nodes_that_no_expert_group_fills_are_refused_by_every_rank(config: Path) -> None:
