@@ -24,7 +24,7 @@ setup(
         ]
     ),
     package_data={"dualpipe.draw": ["page.html"], "configs.clusters": ["*.yaml"], "configs.phases": ["*.yaml"]},
-    install_requires=["torch>=2.10,<3", "numpy", "pyyaml", "rich", "psutil", "safetensors>=0.4"],
+    install_requires=["torch>=2.10,<3", "numpy", "pyyaml", "rich", "psutil", "safetensors>=0.4", "numba>=0.60"],
     extras_require={
         "triton": [TRITON],
         "deepspeed": ["deepspeed==0.19.8"],

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.kernels import calls
+from model.kernels import core_inputs as kernels
 from model.linear import Linear
 from model.norm import RMSNorm
 from model.positions import Positions
@@ -186,6 +188,9 @@ class _CoreInputs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         values = keys_values.shape[-1] - nope
         ctx.nope, ctx.values, ctx.turns, ctx.dtype = nope, values, turns, query.dtype
+        if calls.serves(query) and _core_dtype(query) == torch.float32:
+            q, k, v = kernels.forward(query, keys_values, k_rope, turns, nope)
+            return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         q, k = (query.new_empty(query.shape, dtype=_core_dtype(query)) for _ in range(2))
         v = q.new_empty(*q.shape[:-1], max(values, q.shape[-1]))
         q[..., :nope] = query[..., :nope]
@@ -198,7 +203,10 @@ class _CoreInputs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (gq, gk, gv), nope, turned_back = (g.transpose(1, 2) for g in grads), ctx.nope, ctx.turns.conj()
+        gq, gk, gv = (g.transpose(1, 2) for g in grads)
+        nope, turned_back = ctx.nope, ctx.turns.conj()
+        if ctx.dtype == torch.bfloat16 and gq.dtype == torch.float32 and gq.device.type == "cpu":
+            return *kernels.backward(gq, gk, gv, ctx.turns, nope, ctx.values), None, None
         gquery = torch.empty(gq.shape, dtype=ctx.dtype, device=gq.device)
         gquery[..., :nope] = gq[..., :nope]
         gquery[..., nope:] = rotate(gq[..., nope:], turned_back)

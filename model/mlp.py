@@ -18,6 +18,8 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.filling import Filling
 from model.fp8.quantise import Quantised
+from model.kernels import calls
+from model.kernels import swiglu as kernels
 from model.linear import GroupedLinear, Linear, Owned, multiplies_natively
 from model.recompute import Recomputation
 
@@ -35,6 +37,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_T2F: Tensor, weights_T: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_T2F, weights_T)
+        if calls.serves(x_T2F):
+            return kernels.forward(x_T2F, weights_T)
         gate, up = x_T2F.float().chunk(2, dim=-1)
         y = F.silu(gate).mul_(up)
         if weights_T is not None:
@@ -44,6 +48,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_T2F, weights_T = ctx.saved_tensors
+        if calls.serves(x_T2F):
+            return kernels.backward(x_T2F, weights_T, grads[0])
         return swiglu_backward(x_T2F, weights_T, grads[0], x_T2F.dtype)
 
 

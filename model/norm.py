@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.kernels import calls
+from model.kernels import norm as kernels
 from model.linear import Owned, WeightGradients
 
 
@@ -18,17 +20,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _OwnedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter, eps: float, owner: WeightGradients) -> Tensor:
+        ctx.weight, ctx.owner = weight, owner
+        if calls.serves(x):
+            y, scale = kernels.forward(x, weight, eps)
+            ctx.save_for_backward(x, weight, scale)
+            return y
         x32 = x.float()
         width = x.shape[-1]
         scale = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(width).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        ctx.weight, ctx.owner = weight, owner
         return (x32 * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # gx = scale · (gy w - x · scale² · mean(gy w x)), gw = sum over rows of gy x · scale.
         x, weight, scale = ctx.saved_tensors
+        if calls.serves(x):
+            gx, gweight = kernels.backward(x, weight, scale, grads[0])
+            ctx.owner.add(ctx.weight, lambda buffer: buffer.add_(gweight))
+            return gx, None, None, None
         x32, gy32, weight32, width = x.float(), grads[0].float(), weight.float(), x.shape[-1]
         gyx = gy32 * x32
         ctx.owner.add(ctx.weight, lambda buffer: buffer.addmv_(gyx.reshape(-1, width).t(), scale.view(-1)))

@@ -13,7 +13,7 @@ from model.mlp import MLP, Experts, _SwiGLU, swiglu
 from tests.model.tiny import tiny
 
 BF16 = 2.0**-8
-FP32 = 1e-5
+FP32 = 5e-5  # of the largest; a sum of a few terms may cancel
 seeds = st.integers(0, 2**31)
 
 

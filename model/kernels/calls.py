@@ -1,0 +1,55 @@
+"""How kernels are given tensors, and shared by threads."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PART_ELEMENTS = 1 << 16
+"""No thread is woken for less."""
+
+
+def serves(x: Tensor) -> bool:
+    """Whether the kernels are for numbers such as these."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
+
+
+def array(x: Tensor) -> np.ndarray:
+    """The memory of a contiguous tensor, BF16 as int16."""
+    return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def by_rows(rows: int, width: int, run: Callable[[int, int], None]) -> None:
+    """``run`` from a row to another, in as many parts as torch has threads for, if there is work for them."""
+    parts = min(torch.get_num_threads(), rows * width // PART_ELEMENTS) if rows else 0
+    if parts <= 1:
+        run(0, rows)
+        return
+    ends = [rows * (part + 1) // parts for part in range(parts)]
+    others = [_helpers().submit(run, *of) for of in pairwise(ends)]
+    run(0, ends[0])
+    for other in others:
+        other.result()
+
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def _helpers() -> ThreadPoolExecutor:
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(max(os.cpu_count() or 1, torch.get_num_threads()), "kernels")
+    return _pool
+
+
+def _forget_helpers() -> None:
+    """A fork has none of its parent's threads."""
+    global _pool
+    _pool = None
+
+
+os.register_at_fork(after_in_child=_forget_helpers)
