@@ -31,6 +31,13 @@ def swiglu(x_T2F: Tensor, weights_T: Tensor | None = None) -> Tensor:
     return (y if weights_T is None else y * weights_T.unsqueeze(-1)).to(x_T2F.dtype)
 
 
+def activate(x_T2F: Tensor, weights_T: Tensor | None) -> Tensor:
+    """``swiglu`` without a gradient, by a kernel where there is one."""
+    if x_T2F.device.type == "cpu":
+        return kernels.forward(x_T2F, weights_T)
+    return swiglu(x_T2F, weights_T)
+
+
 class _SwiGLU(torch.autograd.Function):
     """The same with a backward that keeps the input alone and makes the activation again."""
 
@@ -48,8 +55,6 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_T2F, weights_T = ctx.saved_tensors
-        if calls.serves(x_T2F):
-            return kernels.backward(x_T2F, weights_T, grads[0])
         return swiglu_backward(x_T2F, weights_T, grads[0], x_T2F.dtype)
 
 
@@ -57,6 +62,8 @@ def swiglu_backward(
     x_T2F: Tensor, weights_T: Tensor | None, gy_TF: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the input, in ``dtype``, and of the gate values, in FP32; computed in FP32."""
+    if dtype == torch.bfloat16 and x_T2F.device.type == "cpu":
+        return kernels.backward(x_T2F, weights_T, gy_TF)
     gate, up = (half.float() for half in x_T2F.chunk(2, dim=-1))  # one after the other, where they are copies
     gy = gy_TF.float()
     silu, gsilu, gweights_T = F.silu(gate), gy * up, None

@@ -192,10 +192,10 @@ class _Fp8SwiGLULinear(torch.autograd.Function):
         x_T2D = dequantise(Quantised(stored, scales, Tile.ROW, E4M3, ctx.shape[-1]))
         rows, gy = products.gradient(gy_TF, ends_E)
         gswiglu_TD = products.input_gradient(rows, ctx.weight, ends_E, torch.float32)
-        gx_T2D, gweights_T = swiglu_backward(x_T2D, weights_T, gswiglu_TD)
+        gx_T2D, gweights_T = swiglu_backward(x_T2D, weights_T, gswiglu_TD, ctx.dtype)
         columns = products.remade_columns(x_T2D, weights_T, ends_E)
         gw = _deliver(ctx, ctx.needs_input_grad[2], lambda: products.gemm.wgrad(gy, columns))
-        return gx_T2D.to(ctx.dtype).view(ctx.shape), gweights_T, gw, None, None, None
+        return gx_T2D.view(ctx.shape), gweights_T, gw, None, None, None
 
 
 def _deliver(ctx: Any, needed: bool, gradient: Callable[[], Tensor]) -> Tensor | None:
