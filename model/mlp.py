@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.filling import Filling
+from model.fp8.payload import Handover
 from model.fp8.quantise import Quantised
 from model.kernels import calls
 from model.kernels import swiglu as kernels
@@ -110,14 +111,16 @@ class Experts(Owned):
         weights_R: Tensor,
         ends_E: Tensor,
         payload: Quantised | None = None,
+        handover: Handover | None = None,
         again: Recomputation | None = None,
     ) -> Tensor:
-        """``payload``: the rows as they came in FP8, for the layer's ``products``."""
+        """``payload``: the rows as they came in FP8, for the layer's ``products``, as the gradient of what is returned
+        will in ``handover``."""
         again = again or Recomputation()
         if self.owner is None or self.gate_up.products is not None or not multiplies_natively(rows_RD):
-            return self._compute(rows_RD, weights_R, ends_E, payload, again)
+            return self._compute(rows_RD, weights_R, ends_E, payload, handover, again)
         filling = Filling.of(ends_E)
-        y_PD = self._compute(filling.fill(rows_RD), filling.fill(weights_R), filling.ends_E, None, again)
+        y_PD = self._compute(filling.fill(rows_RD), filling.fill(weights_R), filling.ends_E, None, None, again)
         return filling.unfill(y_PD)
 
     def _compute(
@@ -126,9 +129,11 @@ class Experts(Owned):
         weights_R: Tensor,
         ends_E: Tensor,
         payload: Quantised | None,
+        handover: Handover | None,
         again: Recomputation,
     ) -> Tensor:
         h = self.gate_up(rows_RD, ends_E, payload)
         if self.down.products is not None:
-            return self.down.products.swiglu_linear(h, weights_R, self.down.weight, self.down.owner, ends_E)
+            return self.down.products.swiglu_linear(h, weights_R, self.down.weight, self.down.owner, ends_E, handover)
+        assert handover is None, "a layer without products reads the gradient that autograd hands it"
         return self.down(again("swiglu", swiglu if self.owner is None else _SwiGLU.apply, h, weights_R), ends_E)
