@@ -186,7 +186,7 @@ class Drive:
         plan.check(config)
         self.plan, self.limit_seconds, self.run = plan, limit_seconds, RunFolder(config)
         self.nodes, self.hosts, self._ranks = nodes, hosts, config.layout.world_size // nodes.needed
-        self._mended = False
+        self._holds, self._mended = any(fault.action is Action.HOLD for fault in plan.faults), False
         self.config_file, self.output, self.temporary = folder / "config.yaml", folder / "output.txt", folder / "tmp"
         self.interrupted: float | None = None
         """When the launcher was sent a signal, in seconds of ``time.time``."""
@@ -227,8 +227,8 @@ class Drive:
             if returns and stepped is not None:
                 launchers += self._launch(1, words)
                 returns = False
-            if self.hosts and stepped is not None and not self.plan.released.exists():
-                self._mend()
+            if self._holds and stepped is not None and not self.plan.released.exists():
+                self._let_go_on()
             if interrupt is not None and self.interrupted is None and is_due(_step(entry)):
                 self.interrupted = time.time()
                 launchers[0].send_signal(interrupt)
@@ -257,8 +257,13 @@ class Drive:
                 for _ in range(launchers)
             ]
 
-    def _mend(self) -> None:
-        """Give every node its link again, and let ranks go on that are held once no node is cut off."""
+    def _let_go_on(self) -> None:
+        """Have ranks that are held go on, once what they are held for is there: every node reaches all others again,
+        after it was given its link; or the run has regrouped, maybe before there was a rank to hold."""
+        if not self.hosts:
+            if any(event.get("event") == "regroup" for event in self.run.events.entries()):
+                self.plan.released.touch()
+            return
         nodes = re.findall(r"namespaces of process ([0-9]+)$", self.output.read_text(), re.MULTILINE)
         for process in [] if self._mended else nodes:
             subprocess.run(["nsenter", "--target", process, "--net", "ip", "link", "set", "eth0", "up"], check=True)
