@@ -56,7 +56,7 @@ def ranking(found: Found) -> str:
     """The best layouts by simulated step."""
     rows = [
         (
-            "step s,closed form,schedule,pipeline,data,expert,micro-batch,recompute,moments,dispatch,payload,"
+            "step s,closed form,schedule,GPUs,pipeline,data,expert,micro-batch,recompute,moments,dispatch,payload,"
             "fullest GB,"
             "MFU causal,hours/T"
         ).split(",")
@@ -68,7 +68,8 @@ def ranking(found: Found) -> str:
             [
                 f"{plan.step_seconds:.3f}",
                 f"{closed[w]:.3f}",
-                w.schedule,
+                _schedule(w),
+                str(plan.gpus),
                 *map(str, (w.layout.pipeline, w.layout.data, w.layout.expert, w.micro_batch_size)),
                 spell(w.model.recompute),
                 {2: "bf16", 4: "fp32"}[w.moment_bytes],
@@ -86,9 +87,13 @@ def ranking(found: Found) -> str:
 def named(w: Workload) -> str:
     """A layout in words."""
     return (
-        f"{w.schedule}, pipeline {w.layout.pipeline} x data {w.layout.data}, expert {w.layout.expert}, "
+        f"{_schedule(w)}, pipeline {w.layout.pipeline} x data {w.layout.data}, expert {w.layout.expert}, "
         f"micro-batch {w.micro_batch_size}, recompute {spell(w.model.recompute)}"
     )
+
+
+def _schedule(w: Workload) -> str:
+    return w.schedule if w.chunks is None else f"{w.schedule} x {w.chunks}"
 
 
 def _payload(w: Workload) -> str:

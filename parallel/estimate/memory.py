@@ -5,12 +5,14 @@ in the compute format and FP32 gradients whole; FP32 masters and both moments ar
 group (``parallel/mesh.py``), which for routed experts is smaller by the expert-parallel factor.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dualpipe.program import Compute, Op, Overlap, Program
+import numpy as np
+
 from model.fp8.quantise import SIZE
 from parallel.estimate.operations import Operations
+from parallel.estimate.peak import Placement
 from parallel.estimate.workload import Workload
 
 
@@ -156,32 +158,6 @@ def deferred_bytes(workload: Workload, layers: Sequence[range]) -> list[float]:
     return found
 
 
-def held_bytes(
-    program: Program, rank: int, activation_bytes: Sequence[float], deferred_bytes: Sequence[float]
-) -> Iterator[tuple[float, float]]:
-    """(while a computing slot of the rank runs, behind it): the bytes of all micro-batches whose backward is not
-    complete. Both are of one micro-batch by stage; while an I runs, the larger."""
-    held = 0.0
-    for slot in program.slots[rank]:
-        match slot:
-            case Compute(Op.FORWARD, work):
-                during, change = activation_bytes[work.stage], activation_bytes[work.stage]
-            case Overlap(forward, backward):
-                during = activation_bytes[forward.stage]
-                change = during - activation_bytes[backward.stage]
-            case Compute(Op.BACKWARD, work):
-                during, change = 0.0, -activation_bytes[work.stage]
-            case Compute(Op.BACKWARD_INPUT, work):
-                change = deferred_bytes[work.stage] - activation_bytes[work.stage]
-                during = max(change, 0.0)
-            case Compute(Op.BACKWARD_WEIGHT, work):
-                during, change = 0.0, -deferred_bytes[work.stage]
-            case _:
-                continue
-        yield held + during, held + change
-        held += change
-
-
 def activation_bytes(workload: Workload, layers: Sequence[range]) -> list[float]:
     """Of one micro-batch, by stage. The head keeps its input, the embedding its tokens."""
     c = workload.model
@@ -194,47 +170,47 @@ def activation_bytes(workload: Workload, layers: Sequence[range]) -> list[float]
 
 
 def rank_memory(
-    program: Program,
+    placement: Placement,
     workload: Workload,
     parameters: Sequence[StageParameters],
-    peak_activations: Sequence[float],
+    peak_R: np.ndarray,
 ) -> list[RankMemory]:
-    """For each pipeline rank of the program; the same for all its replicas."""
-    layout, width = workload.layout, workload.activation_width
-    buffers = _buffers(workload, program)
+    """For each pipeline rank; the same for all its replicas."""
+    parts = ranks_memory(placement, workload, parameters, peak_R)
+    rows = zip(*(part_R.tolist() for part_R in parts.values()), strict=True)
+    return [RankMemory(**dict(zip(parts, row, strict=True))) for row in rows]
+
+
+def ranks_memory(
+    placement: Placement, workload: Workload, parameters: Sequence[StageParameters], peak_R: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The fields of ``RankMemory``, each for all pipeline ranks at once."""
+    layout, c, width = workload.layout, workload.model, workload.activation_width
+    dense_S, routed_S, products_S = (
+        np.array([getattr(each, name) for each in parameters], dtype=float) for name in ("dense", "routed", "products")
+    )
     block = 1 + 4 / SIZE**2 if workload.precision == "fp8" else 0.0
-    logits = workload.tokens * workload.model.vocab_size * (width + 8.0)
-    copies = [sorted({route[stage] for route in program.routes}) for stage in range(program.stages)]
-    found = []
-    for rank in range(program.ranks):
-        stages = sorted(program.stages_of(rank))
-        held = sum(parameters[stage].total for stage in stages)
-        if workload.mtp and program.stages - 1 in stages and 0 not in stages:
-            # Multi-token prediction embeds tokens too: with a copy, whose optimizer state is the first stage's.
-            held += workload.model.vocab_size * workload.model.hidden_size
-        owned = sum(
-            parameters[s].dense / (len(copies[s]) * layout.data)
-            + parameters[s].routed / (len(copies[s]) * layout.data / layout.expert)
-            for s in stages
-        )
-        found.append(
-            RankMemory(
-                parameters=width * held + block * sum(parameters[s].products + parameters[s].routed for s in stages),
-                gradients=4.0 * held,
-                optimizer=owned * (4 + 2 * workload.moment_bytes),
-                activations=peak_activations[rank],
-                buffers=buffers,
-                logits=logits if program.stages - 1 in stages else 0.0,
-            )
-        )
-    return found
+    first_R, last_R = placement.held_RS[:, 0], placement.held_RS[:, -1]
+    elements_R = placement.held_RS @ (dense_S + routed_S)
+    if workload.mtp:
+        # Multi-token prediction embeds tokens too: with a copy, whose optimizer state is the first stage's.
+        elements_R = elements_R + c.vocab_size * c.hidden_size * last_R * (1 - first_R)
+    owned_S = (dense_S + routed_S * layout.expert) / (placement.copies_S * layout.data)
+    return {
+        "parameters": width * elements_R + block * (placement.held_RS @ (products_S + routed_S)),
+        "gradients": 4.0 * elements_R,
+        "optimizer": placement.held_RS @ owned_S * (4 + 2 * workload.moment_bytes),
+        "activations": peak_R,
+        "buffers": np.full(placement.ranks, _buffers(workload, placement.ranks)),
+        "logits": last_R * (workload.tokens * c.vocab_size * (width + 8.0)),
+    }
 
 
-def _buffers(workload: Workload, program: Program) -> float:
+def _buffers(workload: Workload, ranks: int) -> float:
     c, width, state = workload.model, workload.activation_width, message_bytes(workload)
     # What is made again of a layer is there while its backward runs.
     again = layer_activation_bytes(workload.recomputing(()), True) if workload.model.recompute == "full" else 0.0
-    messages = 4 * 3 * state if program.ranks > 1 else 0  # four channels: two received ahead, one being sent
+    messages = 4 * 3 * state if ranks > 1 else 0  # four channels: two received ahead, one being sent
     rows = workload.tokens * c.num_experts_per_tok * c.hidden_size * width * workload.imbalance
     return again + messages + (2 * rows if workload.layout.expert > 1 else 0.0)
 

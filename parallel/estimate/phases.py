@@ -169,9 +169,9 @@ def fewest(schedule: str, ranks: int) -> float:
     return next((m for m in range(1, 4 * ranks + 1) if runs(schedule, ranks, m)), inf)
 
 
-def runs(schedule: str, ranks: int, microbatches: int) -> bool:
+def runs(schedule: str, ranks: int, microbatches: int, chunks: int | None = None) -> bool:
     try:
-        schedules.check(schedule, ranks, microbatches)
+        schedules.check(schedule, ranks, microbatches, chunks)
     except ValueError:
         return False
     return True

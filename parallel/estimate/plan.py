@@ -14,12 +14,12 @@ from parallel.estimate.memory import (
     StageParameters,
     activation_bytes,
     deferred_bytes,
-    held_bytes,
     message_bytes,
     rank_memory,
     stage_parameters,
 )
 from parallel.estimate.operations import Operations
+from parallel.estimate.peak import Placement
 from parallel.estimate.run import DAY, Faults, faults, model_flops
 from parallel.estimate.stages import (
     StageCost,
@@ -197,6 +197,7 @@ class Plan:
             "cluster": self.cluster.name,
             "gpus": self.gpus,
             "schedule": self.workload.schedule,
+            "chunks": self.workload.chunks,
             "layout": {"pipeline": layout.pipeline, "data": layout.data, "expert": layout.expert},
             "micro_batch_size": self.workload.micro_batch_size,
             "microbatches": self.workload.microbatches,
@@ -247,11 +248,11 @@ def make_plan(workload: Workload, cluster: Cluster, run: Run, program: Program |
     layers = stage_layers(workload, program.stages)
     stages = stage_costs(operations, layers)
     parameters = stage_parameters(operations, layers)
-    end = end_seconds(program, workload, cluster, parameters)
+    placement = Placement(program)
+    end = end_seconds(placement, workload, cluster, parameters)
     result = _played(program, workload, cluster, layers, stages, end)
-    bytes_by_stage = activation_bytes(workload, layers), deferred_bytes(workload, layers)
-    peaks = [max(most for most, _ in held_bytes(program, rank, *bytes_by_stage)) for rank in range(program.ranks)]
-    memory = rank_memory(program, workload, parameters, peaks)
+    peaks = placement.peak_R(activation_bytes(workload, layers), deferred_bytes(workload, layers))
+    memory = rank_memory(placement, workload, parameters, peaks)
     return Plan(workload, cluster, run, program, layers, stages, end, result, ranks_seconds(result), memory)
 
 
@@ -273,17 +274,17 @@ def _played(
     afterwards = None
     if cluster.shares_cores:
         message = (0.0, 0.0)  # it is in the operations that it takes cores from
-        cores = int(cluster.ranks_per_node), int(cluster.cores_per_node)
+        cores = int(cluster.ranks_per_node), int(cluster.cores_per_node), cluster.cores_busy
         afterwards = lambda progress: share_cores(progress, workload.layout, *cores)  # noqa: E731
     return play(program, stages, end, message, activation_bytes(workload, layers), afterwards, table)
 
 
 def end_seconds(
-    program: Program, workload: Workload, cluster: Cluster, parameters: Sequence[StageParameters]
+    placement: Placement, workload: Workload, cluster: Cluster, parameters: Sequence[StageParameters]
 ) -> EndSeconds:
     """Reduction and gathering of the largest stage, and the update of the rank that owns most."""
     layout, width = workload.layout, workload.activation_width
-    twins = [len({route[stage] for route in program.routes}) for stage in range(program.stages)]
+    twins: list[int] = placement.copies_S.astype(int).tolist()
     one_node = layout.world_size <= cluster.ranks_per_node
     local = int(min(cluster.ranks_per_node, layout.data))
     local_experts = max(local // layout.expert, 1)
@@ -298,20 +299,17 @@ def end_seconds(
         )
 
     owned = [
-        sum(
-            (parameters[s].dense + parameters[s].routed * layout.expert) / (twins[s] * layout.data)
-            for s in program.stages_of(rank)
-        )
-        for rank in range(program.ranks)
+        sum((parameters[s].dense + parameters[s].routed * layout.expert) / (twins[s] * layout.data) for s in stages)
+        for stages in placement.held
     ]
     # Gradient: read for the norm, scaled in place, read; master and moments: read and written; the parameter: written.
     update = max(owned) * (4 * 4 + 2 * 4 + 4 * workload.moment_bytes + width)
-    stages = range(program.stages)
-    reduce = max(collective(stage, 4) for stage in stages)
+    every = range(placement.stages)
+    reduce = max(collective(stage, 4) for stage in every)
     step = update / (cluster.memory_gb_per_s * 1e9 * cluster.memory_efficiency)
-    gather = max(collective(stage, width) for stage in stages)
+    gather = max(collective(stage, width) for stage in every)
     if cluster.shares_cores:  # a core that sums gradients computes nothing meanwhile
-        return EndSeconds(0.0, step + reduce * len(program.stages_of(0)), gather)
+        return EndSeconds(0.0, step + reduce * len(placement.held[0]), gather)
     return EndSeconds(reduce, step, gather)
 
 

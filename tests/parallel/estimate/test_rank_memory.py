@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,8 +11,9 @@ from benchmarks.measure import Alive
 from dualpipe.program import Slot
 from model.attention import core_inputs
 from model.config import ModelConfig, Recompute
-from parallel.estimate.memory import activation_bytes, deferred_bytes, held_bytes, rank_memory, stage_parameters
+from parallel.estimate.memory import activation_bytes, deferred_bytes, rank_memory, stage_parameters
 from parallel.estimate.operations import Operations
+from parallel.estimate.peak import Placement, held_bytes
 from parallel.estimate.stages import stage_layers
 from parallel.estimate.step import step_program
 from parallel.estimate.workload import SELECTIVE, Workload
@@ -118,7 +120,7 @@ def predicted(case: Case, position: int) -> float:
     program = step_program(case.schedule, case.layout.pipeline, case.microbatches)
     layers = stage_layers(w, program.stages)
     parameters = stage_parameters(Operations(w, H800), layers)
-    memory = rank_memory(program, w, parameters, [0.0] * program.ranks)[position]
+    memory = rank_memory(Placement(program), w, parameters, np.zeros(program.ranks))[position]
     state = memory.parameters + memory.gradients + memory.optimizer
     stages = activation_bytes(w, layers)
     widest = core_inputs(*torch.zeros(3, 1, 1, 1, 8, dtype=torch.bfloat16))[0].dtype
