@@ -9,23 +9,17 @@ from typing import Any, Protocol
 
 from launch import train
 from launch.config import Config
-from launch.hang import Elsewhere, Readings
 from launch.launcher import Failure
 from launch.metrics import read_jsonl
-from launch.nodes.smaller import Share
 from launch.run_folder import RunFolder
 
 
-class Attempts(Elsewhere, Protocol):
+class Attempts(Protocol):
     """Who decides about the attempts of a run: this launcher, or all nodes together."""
 
     @property
     def first_rank(self) -> int:
         """Of those that this node starts."""
-
-    @property
-    def share(self) -> Share:
-        """What this node runs of the attempt that was waited for."""
 
     @property
     def recovering(self) -> Failure | None:
@@ -52,12 +46,6 @@ class Attempts(Elsewhere, Protocol):
     def ended_elsewhere(self) -> bool:
         """Whether the ranks of this node are to end, because those of another one did."""
 
-    def node_lost(self) -> bool:
-        """Whether that was because a whole node was lost: no rank here has anything to say about it."""
-
-    def regroups(self) -> bool:
-        """Whether the ranks of this node are to have all stop after their step, and go on on more nodes."""
-
     def break_off(self) -> None:
         """A rank of this node ended too early; why is said with ``settle``."""
 
@@ -74,7 +62,6 @@ class Alone:
 
     def __init__(self, config: Config) -> None:
         self.begun = False
-        self.share = Share(1, config.layout.world_size, config.layout)
         self.recovering: Failure | None = None
         self._journal = Journal(config)
         self._most, self._restarts = config.recovery.max_restarts, 0
@@ -87,30 +74,10 @@ class Alone:
         return None
 
     def rendezvous(self) -> Mapping[str, Any]:
-        """Of its own, with a store of its own: ranks that meet the addresses which the ranks before them left in a
-        store connect to nobody."""
-        return {
-            "min_nodes": 1,
-            "max_nodes": 1,
-            "run_id": uuid.uuid4().hex,
-            "rdzv_backend": "c10d",
-            "rdzv_endpoint": "localhost:0",
-        }
+        return rendezvous_alone()
 
     def ended_elsewhere(self) -> bool:
         return False
-
-    def node_lost(self) -> bool:
-        return False
-
-    def regroups(self) -> bool:
-        return False
-
-    def tell_stuck(self, readings: Readings | None) -> None:
-        pass
-
-    def stuck_elsewhere(self) -> Readings | None:
-        return None
 
     def break_off(self) -> None:
         pass
@@ -132,6 +99,18 @@ class Alone:
         return None
 
 
+def rendezvous_alone() -> dict[str, Any]:
+    """Of the ranks of one node, with a store of its own: ranks that meet the addresses which the ranks before them left
+    in a store connect to nobody."""
+    return {
+        "min_nodes": 1,
+        "max_nodes": 1,
+        "run_id": uuid.uuid4().hex,
+        "rdzv_backend": "c10d",
+        "rdzv_endpoint": "localhost:0",
+    }
+
+
 class Journal:
     """What is said about attempts, on the screen and in ``events.jsonl``; and read from there."""
 
@@ -147,12 +126,12 @@ class Journal:
         """With the rank's own words, where it has written some in this attempt."""
         return _explained(failure, self._folder.events.entries()[self._known :])
 
-    def note(self, rank: int | None, cause: str, event: str = "failure", **details: Any) -> None:
-        """Record how an attempt ended, if there is a folder to record it in; on the screen it is said anyway."""
+    def note(self, rank: int | None, cause: str, **details: Any) -> None:
+        """Record a failure, if there is a folder to record it in; on the screen it is said anyway."""
         steps = read_jsonl(self._folder.metrics_file)
         with contextlib.suppress(OSError):
             step = steps[-1]["step"] if steps else 0
-            self._folder.events.write(event, rank=rank, cause=cause, step=step, **details)
+            self._folder.events.write("failure", rank=rank, cause=cause, step=step, **details)
 
     def say_restart(self, cause: str, number: int) -> None:
         recovery = self._config.recovery

@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import platform
 import tempfile
-import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,16 +22,17 @@ from typing import Any
 import psutil
 import torch
 import yaml
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.launcher.api import elastic_launch
 
 from launch import rank, train
+from launch.attempts import rendezvous_alone
 from launch.command import UsageError
 from launch.config import Config
+from launch.local import launch_config
 from launch.whole_file import write_whole
 from parallel.estimate.calibrate import kineto
 from parallel.estimate.calibrate.describe import Description, describe, describe_trace
-from parallel.estimate.calibrate.products import measured_products
+from parallel.estimate.calibrate.products import DTYPES, measured_products
 from parallel.estimate.calibrate.ranks import ROUNDS, Measured, measure
 from parallel.estimate.hardware import Cluster
 from parallel.estimate.workload import Workload
@@ -44,6 +44,11 @@ CPU_OPERATIONS = 2e12
 def calibrate(config: Config, workload: Workload, base: Cluster, path: Path) -> str | None:
     """Measure, write ``path``, and return what is to be printed; None on a rank of torchrun that has nothing to say.
     ``base`` describes what is not measured. Raises UsageError."""
+    if workload.precision not in DTYPES:
+        raise UsageError(
+            f"precision={workload.precision} must be one of {', '.join(DTYPES)} with --calibrate, which measures no "
+            f"FP8 products: --what-if precision=bf16 measures all else, on GPUs FP8 is then as in {base.name}"
+        )
     if "RANK" in os.environ:
         here = rank.place(os.environ)
         measured, device = measure_as_rank(config, workload, base, here)
@@ -51,8 +56,8 @@ def calibrate(config: Config, workload: Workload, base: Cluster, path: Path) -> 
         if here.rank:
             return None
     else:
-        device = _device(config)
-        world = local = _local_ranks(config, device)
+        world = local = _local_ranks(config)
+        device = rank.device_of(config, rank.Place(0, world, 0, local))
         _check_size(workload, base, device)
         measured = measure_here(config, workload, base, world)
     description = description_of(measured, workload, base, device, world, local)
@@ -79,17 +84,7 @@ def measure_here(config: Config, workload: Workload, base: Cluster, ranks: int, 
     logging.disable(logging.ERROR)  # what torch's launcher logs, the ranks' own error says better
     try:
         with tempfile.TemporaryDirectory(prefix="dualpipe-", ignore_cleanup_errors=True) as scratch:
-            launch = LaunchConfig(
-                min_nodes=1,
-                max_nodes=1,
-                nproc_per_node=ranks,
-                run_id=uuid.uuid4().hex,
-                rdzv_backend="c10d",
-                rdzv_endpoint="localhost:0",
-                max_restarts=0,
-                start_method="forkserver",
-                logs_specs=DefaultLogsSpecs(log_dir=scratch),
-            )
+            launch = launch_config(rendezvous_alone(), ranks, scratch)
             answers: dict[int, Measured] = elastic_launch(launch, _as_rank)(config, workload, base, rounds)
     finally:
         logging.disable(before)
@@ -127,7 +122,7 @@ def description_of(
         machine["multiprocessors"] = float(properties.multi_processor_count), read
         return describe(measured, workload, base, source, machine, own_peaks=False)
     machine["memory_gb"] = round(psutil.virtual_memory().total / local / 1e9, 3), f"{read}, shared by {local} ranks"
-    machine["cores_per_node"] = float(_cores()), read
+    machine["cores_per_node"] = float(rank.cores()), read
     machine["multiprocessors"] = 1.0, "derived: a rank computes on one core at a time"
     machine["communication_multiprocessors"] = 0.0, "derived: communication is work of the same cores"
     machine["computing_busy"] = 1.0, "derived: gaps between operators are in the fixed parts"
@@ -136,16 +131,8 @@ def description_of(
     return describe(measured, workload, base, source, machine, own_peaks=True)
 
 
-def _device(config: Config) -> torch.device:
-    cuda = config.train.device == "cuda" or (config.train.device == "auto" and torch.cuda.is_available())
-    if cuda and not torch.cuda.is_available():
-        raise UsageError(f"train.device={config.train.device} needs a GPU; this machine has none")
-    return torch.device("cuda", 0) if cuda else torch.device("cpu")
-
-
-def _local_ranks(config: Config, device: torch.device) -> int:
-    world = config.layout.world_size
-    most = torch.cuda.device_count() if device.type == "cuda" else train.LOCAL_RANKS_LIMIT
+def _local_ranks(config: Config) -> int:
+    world, most = config.layout.world_size, train.most_local_ranks()
     if world > most:
         raise UsageError(
             f"--calibrate starts every rank of the layout here, and {world} are more than {most}: start them with "
@@ -163,15 +150,11 @@ def _check_size(workload: Workload, base: Cluster, device: torch.device) -> None
         )
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
-    return f"{name}, {_cores()} cores"
+    return f"{name}, {rank.cores()} cores"
 
 
 def _write(path: Path, text: str) -> None:

@@ -17,11 +17,11 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 from torch.distributed import DistError
@@ -63,7 +63,7 @@ def start(config: Config, arguments: argparse.Namespace) -> int:
     ):
         asked = Flag(Path(scratch, "asked"))
         launcher = Launcher(asked, None if keeper is None else keeper.regions, None if board is None else board.path)
-        node = _Node(server, scratch, board)
+        node = _Node(server, scratch, board, ranks)
         try:
             if nodes.most == 1:
                 return _start(config, arguments, launcher, Alone(config), node)
@@ -92,6 +92,18 @@ def _held(config: Config, key: str, kind: type[_Held], ranks: int) -> Iterator[_
         yield held
 
 
+def launch_config(rendezvous: Mapping[str, Any], ranks: int, scratch: str, **more: Any) -> LaunchConfig:
+    """What torch's launcher is told of the ranks of this node; it writes into the folder ``scratch``."""
+    return LaunchConfig(
+        **rendezvous,
+        nproc_per_node=ranks,
+        max_restarts=0,
+        start_method="forkserver",
+        logs_specs=DefaultLogsSpecs(log_dir=scratch),
+        **more,
+    )
+
+
 @dataclass(frozen=True)
 class _Node:
     """What all attempts have in common."""
@@ -99,6 +111,7 @@ class _Node:
     server: ForkServer
     scratch: str
     board: Board | None
+    ranks: int
 
 
 @contextlib.contextmanager
@@ -126,7 +139,6 @@ class _Watch:
         server: ForkServer,
         attempts: Attempts,
         finished: Flag,
-        regroup: Flag,
         look: Callable[[float], Hang | None] | None = None,
     ) -> None:
         self.finished = finished
@@ -135,7 +147,7 @@ class _Watch:
         self.elsewhere = False
         """Whether another node's ranks ended before any of these."""
         self.hang: Hang | None = None
-        self._server, self._attempts, self._regroup, self._look = server, attempts, regroup, look
+        self._server, self._attempts, self._look = server, attempts, look
         self._seen: set[psutil.Process] = set()
         self._asked: set[psutil.Process] = set()
         self._over = threading.Event()
@@ -170,19 +182,17 @@ class _Watch:
                 return
             if self._attempts.ended_elsewhere():
                 self._follow(alive)
-            elif self._attempts.regroups():
-                self._regroup.set()
 
     def _follow(self, alive: set[psutil.Process]) -> None:
         """Ask all ranks to end, those too that are only just being started; once the first has ended, the others have
-        ``GRACE_SECONDS``. Where a node was lost they have none: they may wait for it for as long as a timeout."""
+        ``GRACE_SECONDS``."""
         if self.noticed is None:
             self.noticed, self.elsewhere = time.monotonic(), True
         for process in alive - self._asked:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.terminate()
         self._asked |= alive
-        if self._attempts.node_lost() or time.monotonic() - self.noticed > GRACE_SECONDS:
+        if time.monotonic() - self.noticed > GRACE_SECONDS:
             self._kill(alive)
 
     def _end_hanging(self, look: Callable[[float], Hang | None]) -> None:
@@ -204,7 +214,7 @@ class _Watch:
 def _start(config: Config, arguments: argparse.Namespace, launcher: Launcher, attempts: Attempts, node: _Node) -> int:
     _pass_signals_on(launcher.asked, attempts)
     while (status := attempts.wait()) is None:
-        launcher = replace(launcher, recovering=attempts.recovering, start=attempts.start, wanted=config.layout)
+        launcher = replace(launcher, recovering=attempts.recovering, start=attempts.start)
         failure = _attempt(config, arguments, launcher, attempts, node)
         if (status := attempts.settle(failure)) is not None:
             break
@@ -215,25 +225,18 @@ def _attempt(
     config: Config, arguments: argparse.Namespace, launcher: Launcher, attempts: Attempts, node: _Node
 ) -> Failure | None:
     """Run the ranks of this node to their end."""
-    share = attempts.share
-    config = replace(config, layout=share.layout)
-    launch = LaunchConfig(
-        **attempts.rendezvous(),
-        nproc_per_node=share.ranks,
-        max_restarts=0,
-        start_method="forkserver",
+    launch = launch_config(
+        attempts.rendezvous(),
+        node.ranks,
+        node.scratch,
         shutdown_timeout=config.recovery.grace_seconds,
         signals_to_handle="SIGQUIT",
-        logs_specs=DefaultLogsSpecs(log_dir=node.scratch),
     )
     node.server.ensure_running()
-    ranks = range(attempts.first_rank, attempts.first_rank + share.ranks)
-    factor = config.recovery.hang_factor
-    elsewhere = attempts if share.nodes > 1 else None
-    look = None if node.board is None else node.board.watched(factor, ranks, elsewhere)
-    finished, regroup = (Flag(Path(node.scratch, f"{name}-{uuid.uuid4().hex}")) for name in ("finished", "regroup"))
-    launcher = replace(launcher, regroup=regroup)
-    with _Watch(node.server, attempts, finished, regroup, look) as watch:
+    first, whole = attempts.first_rank, node.ranks == config.layout.world_size
+    look = None if node.board is None else node.board.watched(config.recovery.hang_factor, first, whole)
+    finished = Flag(Path(node.scratch, f"finished-{uuid.uuid4().hex}"))
+    with _Watch(node.server, attempts, finished, look) as watch:
         try:
             elastic_launch(launch, _rank)(config, arguments, launcher, finished)
         except ChildFailedError as error:

@@ -67,8 +67,7 @@ def _device_of(config: Config, here: Place) -> torch.device:
 
 def prepare(config: Config, here: Place, device: torch.device) -> None:
     """Threads, memory and the process group."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(config.train.threads or max(1, cores // here.local_world_size))
+    torch.set_num_threads(config.train.threads or max(1, cores() // here.local_world_size))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -82,6 +81,11 @@ def prepare(config: Config, here: Place, device: torch.device) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
     else:
         dist.init_process_group("gloo", timeout=timeout)
+
+
+def cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def store_of_the_job() -> Store:

@@ -37,8 +37,6 @@ FAILED = 1
 DIVERGED = 3
 """A rank's status when steps are bad and the run cannot go on by itself (bad_steps.py): the launcher does not start it
 again, to the same end. The command's is FAILED."""
-REGROUPED = 4
-"""A rank's status when all stopped after a step, to go on on more nodes."""
 LOST_PEER_SECONDS = 2.0
 LOCAL_RANKS_LIMIT = 64
 """Ranks that are started on a machine of few cores at most: each of them is a process with torch in it."""
@@ -149,10 +147,15 @@ def as_launcher(arguments: argparse.Namespace) -> int:
         stop.heed_no_more()
 
 
+def most_local_ranks() -> int:
+    """That are started on this machine."""
+    return max(LOCAL_RANKS_LIMIT, 4 * (os.cpu_count() or 1))
+
+
 def _check_room(config: Config, nodes: NodeCount) -> None:
     """Refuse to start the ranks of a cluster on one machine."""
     ranks = nodes.ranks_on_each(config.layout.world_size)
-    most = max(LOCAL_RANKS_LIMIT, 4 * (os.cpu_count() or 1))
+    most = most_local_ranks()
     if ranks > most:
         raise ConfigError(
             f"layout.pipeline={config.layout.pipeline} x layout.data={config.layout.data} = {config.layout.world_size} "

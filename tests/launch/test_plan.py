@@ -163,6 +163,18 @@ def test_a_layout_that_does_not_fit_is_refused_with_a_remedy(capsys: pytest.Capt
     assert "more than the 77.3 GB that h800 has for tensors" in err and err.count("\n") == 1
 
 
+def test_where_no_change_alone_suffices_a_pair_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both of its changes are needed, and with both the layout fits."""
+    small = ["layout.pipeline=4", "layout.data=64", "train.global_batch_size=512", "phases.global_batch_size=[]"]
+    small += ["model.num_hidden_layers=8", "model.recompute=[]", "--what-if", "memory_gb=35"]
+    assert main([V3, *small]) == 2
+    error = capsys.readouterr().err
+    found = re.search(r"tensors; with (\S.*) and (\S.*) it fits", error)
+    assert found is not None and error.count("\n") == 1, error
+    one, other = (words.split() for words in found.groups())
+    assert [main([V3, *small, *changes]) for changes in (one, other, one + other)] == [2, 2, 0]
+
+
 def test_a_cluster_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = tmp_path / "ours.yaml"
     own.write_text("like: h800\nib_gb_per_s: {value: 25, source: 'measured: our cards'}\n", encoding="utf-8")
@@ -274,10 +286,20 @@ def test_this_machine_is_measured_by_its_ranks_and_planned_with(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--calibrate", "x.yaml"], "--calibrate starts every rank of the layout here, and 2048 are more than 64"),
         (
-            ["--calibrate", "x.yaml", "layout.pipeline=2", "layout.data=2", "layout.expert=2"],
+            ["--calibrate", "x.yaml", "--what-if", "precision=bf16"],
+            "--calibrate starts every rank of the layout here, and 2048 are more than 64",
+        ),
+        (
+            [
+                *("layout.pipeline=2", "layout.data=2", "layout.expert=2"),
+                *("--calibrate", "x.yaml", "--what-if", "precision=bf16"),
+            ],
             "are too many for a CPU",
+        ),
+        (
+            ["--calibrate", "x.yaml"],
+            "precision=fp8 must be one of bf16, fp32 with --calibrate, which measures no FP8 products",
         ),
         (["--calibrate", "x.yaml", "--search"], "--calibrate x.yaml and --search exclude each other"),
         (["--calibrate", "x.yaml", "--phases", "p.yaml"], "--calibrate x.yaml and --phases p.yaml exclude each other"),
