@@ -1,8 +1,9 @@
 """Ranks that share the cores of a node, as they do on a machine without GPUs.
 
 While n ranks of a node compute on c < n cores, the kernel gives each of them c/n of a core, and all of them go on n/c
-times as slowly. So the order of events stays what it is with a core for every rank; only time runs more slowly, by a
-factor that changes whenever a rank starts or stops computing.
+times as slowly; more slowly by what cores are idle meanwhile, since the kernel takes a while to move a rank over. So
+the order of events stays what it is with a core for every rank; only time runs more slowly, by a factor that changes
+whenever a rank starts or stops computing.
 """
 
 from bisect import bisect_right
@@ -14,9 +15,10 @@ from dualpipe.progress import Progress, Span
 from parallel.mesh import Layout
 
 
-def share_cores(progress: Progress, layout: Layout, ranks_per_node: int, cores: int) -> None:
-    """Stretch a play of one pipeline in which every rank had a core, in place. All replicas run alike."""
-    later = _clock(progress.spans, layout, ranks_per_node, cores)
+def share_cores(progress: Progress, layout: Layout, ranks_per_node: int, cores: int, busy: float) -> None:
+    """Stretch a play of one pipeline in which every rank had a core, in place. All replicas run alike. ``busy``: the
+    share of the cores' time that ranks use where they outnumber them."""
+    later = _clock(progress.spans, layout, ranks_per_node, cores, busy)
     progress.spans = [[_moved(span, later) for span in spans] for spans in progress.spans]
     progress.clock = [later(time) for time in progress.clock]
     progress.reduced = [later(time) for time in progress.reduced]
@@ -25,7 +27,7 @@ def share_cores(progress: Progress, layout: Layout, ranks_per_node: int, cores: 
 
 
 def _clock(
-    spans: Sequence[Sequence[Span]], layout: Layout, ranks_per_node: int, cores: int
+    spans: Sequence[Sequence[Span]], layout: Layout, ranks_per_node: int, cores: int, busy: float
 ) -> Callable[[float], float]:
     """From a time with a core for every rank to the time with shared ones; the busiest node holds up all."""
     starts: dict[float, Counter[int]] = {}  # time -> how many ranks more, by node, compute from then on
@@ -39,7 +41,8 @@ def _clock(
     factors = []
     for time in times:
         computing.update(starts.get(time, Counter()))
-        factors.append(max(1.0, max(computing.values(), default=0) / cores))
+        most = max(computing.values(), default=0)
+        factors.append(most / (cores * busy) if most > cores else 1.0)
     lengths = [(after - time) * factor for time, after, factor in zip(times, times[1:], factors, strict=False)]
     reached = list(accumulate(lengths, initial=0.0))
 

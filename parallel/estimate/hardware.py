@@ -70,6 +70,9 @@ class Cluster:
     cores_per_node: float
     """Cores that the ranks of a node share, each of them one core's worth at a time; all other rates are then those of
     one core while all are busy, and communication is work of theirs. 0: every rank has a device of its own."""
+    cores_busy: float
+    """Fraction of the cores' time that ranks use while they outnumber them: ranks that wait for each other's messages
+    leave a core idle now and then while two of them are ready on another one."""
     nvlink_gb_per_s: float
     """Inside a node, both ways together, as vendors count it."""
     nvlink_efficiency: float

@@ -61,10 +61,12 @@ def describe(
         for product, each in sorted(measured.products.items())
     ]
     numbers |= _link_numbers(measured)
+    if measured.idle is not None:
+        numbers["cores_busy"] = 1 - measured.idle
     description = {
         **{key: {"value": value, "source": of} for key, (value, of) in machine.items()},
         **{key: {"value": _rounded(value), "source": entry} for key, value in numbers.items()},
-        "gemm": {"source": entry, "points": points},
+        "gemm": {"source": entry, "points": points} if own_peaks else _gemm(points, base, entry),
     }
     bare = _bare(base, description)
     for key, value in {**_phase_numbers(measured, workload, bare), **_waits(measured, workload, bare)}.items():
@@ -238,14 +240,19 @@ def describe_trace(trace: KinetoTrace, base: Cluster, source: str) -> Descriptio
         [kind, m, n, k, _rounded(2.0 * m * n * k / each / best[kind.partition("_")[0]])]
         for (kind, m, n, k), each in sorted(seconds.items())
     ]
-    described = {point[0] for point in points}
-    points += [list(point) for point in base.gemm if point.kind not in described]
-    kept = f"; kinds that it has not, as {base.name}" if len(described) < len({p[0] for p in points}) else ""
     return {
         "like": base.name,
         **{key: {"value": _rounded(value), "source": entry} for key, value in numbers.items()},
-        "gemm": {"source": entry + kept, "points": points},
+        "gemm": _gemm(points, base, entry),
     }
+
+
+def _gemm(points: list[list[Any]], base: Cluster, entry: str) -> dict[str, Any]:
+    """The measured points, and those of ``base`` for kinds that were not measured."""
+    measured = {point[0] for point in points}
+    others = [list(point) for point in base.gemm if point.kind not in measured]
+    kept = f"; kinds that were not, as {base.name}" if others else ""
+    return {"source": entry + kept, "points": points + others}
 
 
 def _rates_of_messages(trace: KinetoTrace, base: Cluster) -> dict[str, float]:

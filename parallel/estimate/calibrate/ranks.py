@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from dualpipe.overlap import Part
 from parallel.estimate.calibrate import links
-from parallel.estimate.calibrate.clock import Clock
+from parallel.estimate.calibrate.clock import Clock, idle_share, own_cores
 from parallel.estimate.calibrate.layers import LayerProbe, head_seconds
 from parallel.estimate.calibrate.products import (
     core_seconds,
@@ -41,6 +41,8 @@ class Measured:
     core: tuple[float, float] = (0.0, 0.0)
     phases: dict[int, dict[Part, float]] = field(default_factory=dict)
     exchanged: tuple[float, float] | None = None
+    idle: float | None = None
+    """Share of the cores' time in which nothing ran while those layers did, where ranks outnumber the cores."""
     head: tuple[float, float] = (0.0, 0.0)
     optimizer_bytes_per_s: float = 0.0
     links: dict[int, tuple[float, float, float]] = field(default_factory=dict)
@@ -67,7 +69,7 @@ def measure(
         "optimizer": lambda: optimizer_rate(workload, device, clock),
     }
     if apart is not None:
-        measurements["exchanged"] = lambda: apart.seconds(clock)
+        measurements["exchanged"] = lambda: idle_share(lambda: apart.seconds(clock))
     turns: dict[str, list[Any]] = defaultdict(list)
     for turn in range(rounds + 1):
         for name, measurement in measurements.items():
@@ -86,7 +88,10 @@ def measure(
         slow=result["slow"],
     )
     if apart is not None:
-        measured.exchanged = _added(result["exchanged"], result["phases"][workload.tokens])
+        exchanging, idle = result["exchanged"]
+        measured.exchanged = _added(exchanging, result["phases"][workload.tokens])
+        if device.type == "cpu" and local_world > len(own_cores()):
+            measured.idle = idle
     if world > 1:
         _messages(measured, device, clock, local_world)
         measured.alone = _alone(probes[workload.tokens], measured.phases[workload.tokens], clock)

@@ -10,7 +10,7 @@ import torch
 from dualpipe.overlap import Phase
 from dualpipe.program import Op
 from model.config import ModelConfig
-from parallel.estimate.calibrate.clock import Clock
+from parallel.estimate.calibrate.clock import Clock, idle_share, own_cores
 from parallel.estimate.calibrate.describe import describe
 from parallel.estimate.calibrate.products import measured_products
 from parallel.estimate.calibrate.ranks import Measured, measure
@@ -67,6 +67,7 @@ def measured_on(cluster: Cluster) -> Measured:
         exchanged=(waits[0], waits[1]),
         head=(head.forward, head.backward_input + head.backward_weight),
         optimizer_bytes_per_s=10e9,
+        idle=0.1,
         links={1: (small, large, large)},
         reduction=2 * (4 << 20) / (2e9 * 0.5),
     )
@@ -96,6 +97,7 @@ def test_what_is_described_takes_what_was_measured() -> None:
     assert sum(other.head()) == pytest.approx(sum(one.head()), rel=0.01)
     assert sum(other.message()) == pytest.approx(sum(one.message()), rel=0.01)
     assert here.reduce_link == pytest.approx(0.5, rel=0.01)
+    assert here.cores_busy == pytest.approx(0.9)
     assert here.sources["attn_forward_us"] == "measured: a test"
     assert here.sources["detection_seconds"].startswith("assumed, as h800")
 
@@ -133,3 +135,15 @@ def test_this_machine_in_one_process() -> None:
 def test_a_clock_counts_work_and_not_waiting() -> None:
     clock = Clock(torch.device("cpu"))
     assert clock.seconds(lambda: time.sleep(0.02), most=1) < 0.01
+
+
+def test_cores_are_not_idle_while_something_runs_on_them() -> None:
+    """One core of them, at least, as long as this process is busy."""
+
+    def busy() -> None:
+        while time.process_time() < until:
+            pass
+
+    until = time.process_time() + 0.2
+    _, share = idle_share(busy)
+    assert 0 <= share <= 1 - 1 / len(own_cores()) + 0.1

@@ -44,6 +44,12 @@ def test_one_core_is_never_idle() -> None:
     assert plan(shared(1)).step_seconds == pytest.approx(work(plan(shared(8))), rel=0.01)
 
 
+def test_cores_that_are_idle_now_and_then_stretch_what_they_share_alone() -> None:
+    whole, idle = (plan(shared(1, cores_busy=busy)).step_seconds for busy in (1.0, 0.8))
+    assert idle == pytest.approx(whole / 0.8, rel=0.01)
+    assert plan(shared(8, cores_busy=0.8)).step_seconds == plan(shared(8)).step_seconds
+
+
 def test_as_many_cores_as_ranks_change_nothing_but_where_communication_is() -> None:
     assert plan(shared(8)).step_seconds == pytest.approx(plan(shared(1000)).step_seconds)
     # Nothing hides on a core: every second of an exchange is in the operations.
