@@ -23,7 +23,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.exchange import Dispatched
-from model.fp8.quantise import SIZE, dequantise
+from model.fp8.quantise import SIZE, Quantised, dequantise
 from model.router import choose
 from parallel.exchange import DispatchLayout, GroupExchange
 from parallel.hop import Hop
@@ -78,7 +78,8 @@ class Contestant:
 
     def backward(self, gz_TD: Tensor, sent: Dispatched) -> Tensor:
         """Their gradients."""
-        grows_RD = self.exchange.dispatch_gradient(gz_TD, sent.layout).wait()
+        arrived = self.exchange.dispatch_gradient(gz_TD, sent.layout).wait()
+        grows_RD = dequantise(arrived).to(gz_TD.dtype) if isinstance(arrived, Quantised) else arrived
         return self.exchange.combine_gradient(grows_RD, sent.weights_R, sent.layout).wait()[0]
 
     def traffic(self, layout: DispatchLayout) -> dict[str, list[Sent]]:

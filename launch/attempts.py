@@ -9,17 +9,23 @@ from typing import Any, Protocol
 
 from launch import train
 from launch.config import Config
+from launch.hang import Elsewhere, Readings
 from launch.launcher import Failure
 from launch.metrics import read_jsonl
+from launch.nodes.smaller import Share
 from launch.run_folder import RunFolder
 
 
-class Attempts(Protocol):
+class Attempts(Elsewhere, Protocol):
     """Who decides about the attempts of a run: this launcher, or all nodes together."""
 
     @property
     def first_rank(self) -> int:
         """Of those that this node starts."""
+
+    @property
+    def share(self) -> Share:
+        """What this node runs of the attempt that was waited for."""
 
     @property
     def recovering(self) -> Failure | None:
@@ -46,6 +52,12 @@ class Attempts(Protocol):
     def ended_elsewhere(self) -> bool:
         """Whether the ranks of this node are to end, because those of another one did."""
 
+    def node_lost(self) -> bool:
+        """Whether that was because a whole node was lost: no rank here has anything to say about it."""
+
+    def regroups(self) -> bool:
+        """Whether the ranks of this node are to have all stop after their step, and go on on more nodes."""
+
     def break_off(self) -> None:
         """A rank of this node ended too early; why is said with ``settle``."""
 
@@ -62,6 +74,7 @@ class Alone:
 
     def __init__(self, config: Config) -> None:
         self.begun = False
+        self.share = Share(1, config.layout.world_size, config.layout)
         self.recovering: Failure | None = None
         self._journal = Journal(config)
         self._most, self._restarts = config.recovery.max_restarts, 0
@@ -78,6 +91,18 @@ class Alone:
 
     def ended_elsewhere(self) -> bool:
         return False
+
+    def node_lost(self) -> bool:
+        return False
+
+    def regroups(self) -> bool:
+        return False
+
+    def tell_stuck(self, readings: Readings | None) -> None:
+        pass
+
+    def stuck_elsewhere(self) -> Readings | None:
+        return None
 
     def break_off(self) -> None:
         pass
@@ -126,12 +151,12 @@ class Journal:
         """With the rank's own words, where it has written some in this attempt."""
         return _explained(failure, self._folder.events.entries()[self._known :])
 
-    def note(self, rank: int | None, cause: str, **details: Any) -> None:
-        """Record a failure, if there is a folder to record it in; on the screen it is said anyway."""
+    def note(self, rank: int | None, cause: str, event: str = "failure", **details: Any) -> None:
+        """Record how an attempt ended, if there is a folder to record it in; on the screen it is said anyway."""
         steps = read_jsonl(self._folder.metrics_file)
         with contextlib.suppress(OSError):
             step = steps[-1]["step"] if steps else 0
-            self._folder.events.write("failure", rank=rank, cause=cause, step=step, **details)
+            self._folder.events.write(event, rank=rank, cause=cause, step=step, **details)
 
     def say_restart(self, cause: str, number: int) -> None:
         recovery = self._config.recovery

@@ -63,7 +63,7 @@ class DispatchConfig:
 class PrecisionConfig:
     compute: Literal["fp32", "bf16", "fp8"] = "bf16"
     """Type of activations and of the weights in matrix products; under fp8 the linear layers multiply in FP8 what is
-    BF16 between them. Masters and gradients are FP32 in any case."""
+    BF16 between them. Masters and gradients are FP32 in any case. A run keeps it from its beginning to its end."""
     backend: Literal["auto", "reference", "emulated", "scaled_mm", "triton"] = "auto"
     """What multiplies in FP8; auto is the fastest that the device has. See docs/fp8.md."""
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch import stop
+from launch import hosts, stop
 from launch.command import Parser, UsageError, reported
 from launch.config import Config, load
 from launch.drills import drive
@@ -18,6 +18,8 @@ from launch.drills.fault import Plan
 from launch.drills.scenarios import SCENARIOS, Again, Scenario
 from launch.drills.soak import Soaked, soak
 from launch.drills.verdict import Ending, Verdict, ending, judge
+from launch.nodes.roster import NodeCount
+from launch.nodes.together import shares_of
 
 FAILED = 1
 FEWEST_SOAK_SECONDS = 60
@@ -126,6 +128,13 @@ def _drill_scenarios(arguments: argparse.Namespace) -> list[bool]:
     for name in arguments.scenarios if arguments.control else ():
         if not _has_control(SCENARIOS[name]):
             raise UsageError(f"--control: scenario {name} has no protection that can be switched off")
+    if lacking := hosts.missing():
+        clustered = [scenario.name for scenario in chosen if scenario.hosts]
+        for name in clustered:
+            if name in arguments.scenarios:
+                raise UsageError(f"scenario {name} needs an emulated cluster: {lacking}")
+            print(f"left out: {name}, which needs an emulated cluster: {lacking}", file=sys.stderr)
+        chosen = [scenario for scenario in chosen if not scenario.hosts]
     config = load(DEFAULT, SHRUNK) if arguments.config is None else load(arguments.config)
     for scenario in chosen:
         ranks, fewest = config.layout.world_size, scenario.fewest_ranks
@@ -135,7 +144,9 @@ def _drill_scenarios(arguments: argparse.Namespace) -> list[bool]:
             raise UsageError(
                 f"scenario {scenario.name}: its {scenario.nodes} nodes must divide the run's {ranks} ranks"
             )
-        Plan(Path(drive.PLAN_FILE), scenario.faults).check(drive.drilled(config, Path("run"), scenario))
+        drilled = drive.drilled(config, Path("run"), scenario)
+        Plan(Path(drive.PLAN_FILE), scenario.faults).check(drilled)
+        shares_of(drilled, NodeCount(scenario.nodes, scenario.nodes + scenario.spares))
     with tempfile.TemporaryDirectory(prefix="dualpipe-drill-") as folder:
         verdicts = _run(chosen, config, Path(folder), arguments)
     if arguments.json:
@@ -184,6 +195,8 @@ def _run(scenarios: Sequence[Scenario], config: Config, folder: Path, arguments:
             if bad not in planned:
                 planned[bad] = ending(drive.undisturbed(config, folder / f"planned-{bad}", [bad]).folder)
             wanted = planned[bad]
+        if scenario.returns:
+            wanted = ending(drive.planned(config, folder / f"planned-{scenario.name}", evidence.folder).folder)
         verdicts.append(judge(scenario, evidence, wanted))
         if not arguments.json:
             print(_row(scenario, verdicts[-1]), flush=True)

@@ -5,6 +5,10 @@ holds. A hang is a training step in which no rank has come further, from one slo
 ``recovery.hang_factor`` times the median step, and at least a second: a step that is long because its batch has grown
 has more slots, and is none. Between steps, while a checkpoint is written or the model validated, nothing is a hang:
 those take as long as they take, and ``train.timeout_seconds`` is their limit.
+
+Where the ranks are those of several nodes, each launcher sees its own. A rank that is silent it knows without the
+others. Otherwise it tells them what its ranks do once none of them comes further (``Elsewhere``); when all have told
+that, all judge alike, from the same records, and the rank to blame is ended by the launcher of its node.
 """
 
 import json
@@ -14,10 +18,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from launch.memory_file import MemoryFile
-from parallel.activity import COMPUTING, Blame, judge
+from parallel.activity import COMPUTING, Blame, judge, judge_living
 
 BEAT_SECONDS = 0.1
 SHORTEST_SECONDS = 1.0
@@ -32,6 +36,16 @@ ELSEWHERE_SECONDS = 1.0
 _RECORD_BYTES = 1024
 
 Readings = Mapping[int, Mapping[str, Any]]
+
+
+class Elsewhere(Protocol):
+    """The launchers of the other nodes."""
+
+    def tell_stuck(self, readings: Readings | None) -> None:
+        """What the ranks here do, none of which comes further; None when one does."""
+
+    def stuck_elsewhere(self) -> Readings | None:
+        """What all other ranks do, if all nodes have told that none of theirs comes further."""
 
 
 class Board:
@@ -54,26 +68,29 @@ class Board:
     def clear(self) -> None:
         self._file.clear(self.ranks * _RECORD_BYTES)
 
-    def watched(self, factor: float, first: int = 0, whole: bool = True) -> Callable[[float], "Hang | None"]:
-        """Clear it for the ranks of a new attempt, ``first`` and those after it, the ``whole`` job or the part of it on
-        this node -> what looks at it, at a time in seconds, and sees them hang."""
+    def watched(
+        self, factor: float, ranks: range, elsewhere: Elsewhere | None = None
+    ) -> Callable[[float], "Hang | None"]:
+        """Clear it for the ``ranks`` of a new attempt, all of the job or those that are not ``elsewhere`` -> what looks
+        at it, at a time in seconds, and sees them hang."""
         self.clear()
-        watch = Watch(factor, whole)
+        watch = Watch(factor, elsewhere)
 
         def look(now: float) -> Hang | None:
-            readings = self.read()
-            return None if readings is None else watch.look(now, {first + n: record for n, record in readings.items()})
+            readings = self.read(ranks)
+            return None if readings is None else watch.look(now, readings)
 
         return look
 
-    def read(self) -> Readings | None:
-        """What every rank wrote last; None before all have, or when one is just being written."""
-        data = os.pread(self._file.descriptor, self.ranks * _RECORD_BYTES, 0)
+    def read(self, ranks: range) -> Readings | None:
+        """What each of these, the first ones on this node, wrote last; None before all have, or when one is just being
+        written."""
+        data = os.pread(self._file.descriptor, len(ranks) * _RECORD_BYTES, 0)
         try:
             records = [json.loads(data[at : at + _RECORD_BYTES]) for at in range(0, len(data), _RECORD_BYTES)]
         except ValueError:
             return None
-        return dict(enumerate(records))
+        return dict(zip(ranks, records, strict=True))
 
 
 class BoardRecord:
@@ -97,13 +114,12 @@ class Hang:
 
 
 class Watch:
-    """Looks at one attempt of a run, every fraction of a second. ``factor``: ``recovery.hang_factor``. ``whole``: False
-    when it sees the ranks of one node of several. Then it blames nobody when all of them wait, because the one that
-    they wait for is elsewhere; and one that computes only when no other node has found one that is silent, which says
-    more."""
+    """Looks at one attempt of a run, every fraction of a second. ``factor``: ``recovery.hang_factor``. With ranks
+    ``elsewhere`` it blames one that waits only when nobody there comes further either; and one that computes only when
+    no other node has found one that is silent, which says more."""
 
-    def __init__(self, factor: float, whole: bool = True) -> None:
-        self._factor, self._whole = factor, whole
+    def __init__(self, factor: float, elsewhere: Elsewhere | None = None) -> None:
+        self._factor, self._elsewhere = factor, elsewhere
         self._looked: float | None = None
         self._seen_seconds = 0.0
         self._progress: tuple[Any, ...] = ()
@@ -125,15 +141,28 @@ class Watch:
         medians = [m for record in readings.values() if (m := record["median_step_seconds"]) is not None]
         lasted = self._seen_seconds - self._progress_at
         longest = max(SHORTEST_SECONDS, self._factor * max(medians, default=0.0))
-        if not medians or lasted <= longest:
+        stuck = bool(medians) and lasted > longest
+        blame = self._judge(readings, lasted - longest) if stuck else None
+        here = {rank: readings[rank]["pid"] for rank in (blame.ranks if blame else ()) if rank in readings}
+        if self._elsewhere is not None:
+            self._elsewhere.tell_stuck(readings if stuck and not here else None)
+        if blame is None or not here:
             return None
-        blame = judge(self._before[0][1], readings)
-        if not self._whole and not self._is_here(blame, readings, lasted - longest):
-            return None
-        if blame is None:
-            blame = Blame(tuple(readings), "all ranks wait for each other, as if one had left out a message")
         words = f"{blame.words}; no rank came further for {lasted:.1f} s, where a step takes {max(medians):.2g} s"
-        return Hang({rank: readings[rank]["pid"] for rank in blame.ranks}, words)
+        return Hang(here, words)
+
+    def _judge(self, readings: Readings, overdue: float) -> Blame | None:
+        """Who is to blame, here or elsewhere; None while it cannot be known."""
+        blame, everyone = judge(self._before[0][1], readings), readings
+        if self._elsewhere is not None and not self._is_here(blame, readings, overdue):
+            others = self._elsewhere.stuck_elsewhere()
+            if others is None:
+                return None
+            everyone = {**others, **readings}
+            blame = judge_living(everyone)  # one that is silent is known to its own launcher without the others
+        if blame is None:
+            return Blame(tuple(everyone), "all ranks wait for each other, as if one had left out a message")
+        return blame
 
     def _is_here(self, blame: Blame | None, readings: Readings, overdue: float) -> bool:
         """Whether the rank to blame is on this node for sure: one that waits may wait for another node's."""

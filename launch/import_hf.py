@@ -35,8 +35,9 @@ example:
   dualpipe import --hf DeepSeek-V3 --run runs/v3 data.source=corpus train.sequence_length=4096
   dualpipe train runs/v3 train.steps=100
 
-The model, the data, the seed and the sequence length belong to the run from its beginning, so they are given here; the
-rest may be given to 'train' too. model.yarn_factor=40 stretches the context. Interrupted, the same command goes on."""
+The model, the data, the seed, the sequence length and precision.compute belong to the run from its beginning, so they
+are given here; the rest may be given to 'train' too. model.yarn_factor=40 stretches the context. Interrupted, the same
+command goes on."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch import train
+from launch.config import Config
 from launch.keeper import Regions
+from parallel.mesh import Layout
 
 LOST_SERVER = 255
 """What multiprocessing reports for a rank whose fork server is gone."""
@@ -57,10 +59,17 @@ class Launcher:
     """What it does for its ranks, which torchrun's agents do not. ``asked``: set when somebody asked it to stop;
     ``memory``: for each rank of the node, what outlives it; ``board``: where they write down what they do, None when
     nobody watches them; ``recovering``: from what, after a restart; ``start``: of the command, the same for all nodes
-    and attempts of it, None for one node."""
+    and attempts of it, None for one node; ``wanted``: the run's layout, whatever the one that the nodes hold that are
+    there; ``regroup``: set when all are to stop after their step, to go on on more nodes."""
 
     asked: Flag
     memory: Sequence[Regions] | None = None
     board: Path | None = None
     recovering: Failure | None = None
     start: str | None = None
+    wanted: Layout | None = None
+    regroup: Flag | None = None
+
+    def given(self, config: Config) -> Config:
+        """An attempt's configuration as the user gave it."""
+        return config if self.wanted is None else replace(config, layout=self.wanted)

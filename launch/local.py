@@ -63,7 +63,7 @@ def start(config: Config, arguments: argparse.Namespace) -> int:
     ):
         asked = Flag(Path(scratch, "asked"))
         launcher = Launcher(asked, None if keeper is None else keeper.regions, None if board is None else board.path)
-        node = _Node(server, scratch, board, ranks)
+        node = _Node(server, scratch, board)
         try:
             if nodes.most == 1:
                 return _start(config, arguments, launcher, Alone(config), node)
@@ -111,7 +111,6 @@ class _Node:
     server: ForkServer
     scratch: str
     board: Board | None
-    ranks: int
 
 
 @contextlib.contextmanager
@@ -139,6 +138,7 @@ class _Watch:
         server: ForkServer,
         attempts: Attempts,
         finished: Flag,
+        regroup: Flag,
         look: Callable[[float], Hang | None] | None = None,
     ) -> None:
         self.finished = finished
@@ -147,7 +147,7 @@ class _Watch:
         self.elsewhere = False
         """Whether another node's ranks ended before any of these."""
         self.hang: Hang | None = None
-        self._server, self._attempts, self._look = server, attempts, look
+        self._server, self._attempts, self._regroup, self._look = server, attempts, regroup, look
         self._seen: set[psutil.Process] = set()
         self._asked: set[psutil.Process] = set()
         self._over = threading.Event()
@@ -182,17 +182,19 @@ class _Watch:
                 return
             if self._attempts.ended_elsewhere():
                 self._follow(alive)
+            elif self._attempts.regroups():
+                self._regroup.set()
 
     def _follow(self, alive: set[psutil.Process]) -> None:
         """Ask all ranks to end, those too that are only just being started; once the first has ended, the others have
-        ``GRACE_SECONDS``."""
+        ``GRACE_SECONDS``. Where a node was lost they have none: they may wait for it for as long as a timeout."""
         if self.noticed is None:
             self.noticed, self.elsewhere = time.monotonic(), True
         for process in alive - self._asked:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.terminate()
         self._asked |= alive
-        if time.monotonic() - self.noticed > GRACE_SECONDS:
+        if self._attempts.node_lost() or time.monotonic() - self.noticed > GRACE_SECONDS:
             self._kill(alive)
 
     def _end_hanging(self, look: Callable[[float], Hang | None]) -> None:
@@ -214,7 +216,7 @@ class _Watch:
 def _start(config: Config, arguments: argparse.Namespace, launcher: Launcher, attempts: Attempts, node: _Node) -> int:
     _pass_signals_on(launcher.asked, attempts)
     while (status := attempts.wait()) is None:
-        launcher = replace(launcher, recovering=attempts.recovering, start=attempts.start)
+        launcher = replace(launcher, recovering=attempts.recovering, start=attempts.start, wanted=config.layout)
         failure = _attempt(config, arguments, launcher, attempts, node)
         if (status := attempts.settle(failure)) is not None:
             break
@@ -225,18 +227,23 @@ def _attempt(
     config: Config, arguments: argparse.Namespace, launcher: Launcher, attempts: Attempts, node: _Node
 ) -> Failure | None:
     """Run the ranks of this node to their end."""
+    share = attempts.share
+    config = replace(config, layout=share.layout)
     launch = launch_config(
         attempts.rendezvous(),
-        node.ranks,
+        share.ranks,
         node.scratch,
         shutdown_timeout=config.recovery.grace_seconds,
         signals_to_handle="SIGQUIT",
     )
     node.server.ensure_running()
-    first, whole = attempts.first_rank, node.ranks == config.layout.world_size
-    look = None if node.board is None else node.board.watched(config.recovery.hang_factor, first, whole)
-    finished = Flag(Path(node.scratch, f"finished-{uuid.uuid4().hex}"))
-    with _Watch(node.server, attempts, finished, look) as watch:
+    ranks = range(attempts.first_rank, attempts.first_rank + share.ranks)
+    factor = config.recovery.hang_factor
+    elsewhere = attempts if share.nodes > 1 else None
+    look = None if node.board is None else node.board.watched(factor, ranks, elsewhere)
+    finished, regroup = (Flag(Path(node.scratch, f"{name}-{uuid.uuid4().hex}")) for name in ("finished", "regroup"))
+    launcher = replace(launcher, regroup=regroup)
+    with _Watch(node.server, attempts, finished, regroup, look) as watch:
         try:
             elastic_launch(launch, _rank)(config, arguments, launcher, finished)
         except ChildFailedError as error:

@@ -1,6 +1,7 @@
 """``recovery.*``: what keeps a run going, and what it tells of what goes wrong."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from launch.config_file import check, check_count
 
@@ -37,6 +38,12 @@ class RecoveryConfig:
     """How long the nodes of ``dualpipe train --nnodes`` wait for each other, at the start and for one that takes a lost
     one's place, before they end."""
 
+    on_node_loss: Literal["spare", "wait", "shrink"] = "spare"
+    """What becomes of the place of a lost node under ``dualpipe train --nnodes N:M``. spare: a node that waits takes
+    it, and where none does, the others wait. wait: there are no spares, and the others wait for a node to be started.
+    shrink: where no spare waits, the others go on at once with fewer data-parallel replicas and the same global batch,
+    and with more again when a node comes."""
+
     def __post_init__(self) -> None:
         for key in ("max_restarts", "replicate_every", "max_bad_steps", "hash_every"):
             check_count(f"recovery.{key}", getattr(self, key))
@@ -47,6 +54,9 @@ class RecoveryConfig:
         check(sane, "recovery.slow_factor", self.slow_factor, "must be 0, or above 1 and at most 1000000")
         check_count("recovery.grace_seconds", self.grace_seconds, least=1, limit=DAY_SECONDS)
         check(self.node_wait_seconds > 0, "recovery.node_wait_seconds", self.node_wait_seconds, "must be positive")
+        ends = self.on_node_loss != "spare" and self.max_restarts == 0
+        rule = "needs recovery.max_restarts of at least 1: with 0 a lost node ends the run"
+        check(not ends, "recovery.on_node_loss", self.on_node_loss, rule)
         needless = self.replicate_every > 0 and self.max_restarts == 0
         rule = "needs recovery.max_restarts of at least 1: nobody else gives ranks what memory kept"
         check(not needless, "recovery.replicate_every", self.replicate_every, rule)

@@ -9,14 +9,16 @@ from launch.yaml_strict import dump_yaml
 _BATCH_SIZES = ("train.global_batch_size", "phases.global_batch_size", "phases.batch_multiple")
 _FREE = ("model.recompute",)  # the same bits either way
 _FIXED = ("train.seed", "train.sequence_length", "data.validation_fraction", "data.fill_in_middle")
+_ANOTHER_RUN = "'dualpipe export' and 'dualpipe import' begin another run with its weights"
 
 
 def resume_differences(old: Config, new: Config) -> tuple[list[str], list[str]]:
     """What a resumed run would change: (refused, recorded), each line 'KEY: run has OLD, given NEW'.
 
-    What decides the meaning of a checkpoint (the model, the seed, how the data are cut) must stay; what of the model is
-    recomputed, the layout, the length of the run, the optimizer's constants and the rest may change between two starts.
-    So may the name under which the data are found: whether they are the same is for their fingerprint to say.
+    What decides the meaning of a checkpoint (the model, the seed, how the data are cut) must stay, and so must the
+    precision in which its steps were taken; what of the model is recomputed, the layout, the length of the run, the
+    optimizer's constants and the rest may change between two starts. So may the name under which the data are found:
+    whether they are the same is for their fingerprint to say.
 
     Where phases count tokens, the sizes of batches must stay: how many tokens the steps so far took is computed from
     them. For the same reason phases cannot begin to count tokens in a run whose sizes could change until now.
@@ -32,6 +34,8 @@ def resume_differences(old: Config, new: Config) -> tuple[list[str], list[str]]:
             line = f"{key}: run has {_typed(value)}, given {_typed(new_values[key])}"
             if key in _BATCH_SIZES and counted:
                 fixed, line = True, f"{line}, which must stay: phases count the tokens of past steps"
+            elif key == "precision.compute":
+                fixed, line = True, f"{line}, which must stay: {_ANOTHER_RUN}"
             elif key in begins:
                 fixed, line = True, f"{line}, which must not count tokens: the run did not from its beginning"
             (refused if fixed else recorded).append(line)

@@ -37,6 +37,8 @@ FAILED = 1
 DIVERGED = 3
 """A rank's status when steps are bad and the run cannot go on by itself (bad_steps.py): the launcher does not start it
 again, to the same end. The command's is FAILED."""
+REGROUPED = 4
+"""A rank's status when all stopped after a step, to go on on more nodes."""
 LOST_PEER_SECONDS = 2.0
 LOCAL_RANKS_LIMIT = 64
 """Ranks that are started on a machine of few cores at most: each of them is a process with torch in it."""

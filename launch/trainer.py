@@ -31,7 +31,7 @@ from launch.slow import SlowRanks
 from launch.step_entry import step_entry, summary
 from launch.stop import StopRequest
 from launch.trace import Recorder
-from launch.train import DIVERGED
+from launch.train import DIVERGED, REGROUPED
 from parallel.checkpoint import CheckpointError, Progress
 from parallel.saver import Saver
 from parallel.stage import PADDING
@@ -66,6 +66,8 @@ class Trainer:
         self.config, self.here, self.rank, self.device, self.folder = config, here, here.rank, device, folder
         self.arguments, self.launcher, self.stop = arguments, launcher, stop
         self.recovering = None if launcher is None else launcher.recovering
+        self.given = config if launcher is None else launcher.given(config)
+        self.regroup = None if launcher is None else launcher.regroup
         self.leads = self.rank == 0
         self.progress = Progress(step=0, sequences=0)
         self.values = config.values()
@@ -74,8 +76,9 @@ class Trainer:
         self.returned: tuple[str, float] | None = None
 
     def run(self) -> int:
-        """Train to ``train.steps``. Exit status 0, 128 + N when signal N asked to stop, or, on all ranks alike,
-        DIVERGED when steps are bad and the run cannot go on by itself (bad_steps.py)."""
+        """Train to ``train.steps``. Exit status 0, 128 + N when signal N asked to stop, REGROUPED where the launcher
+        did, to go on on more nodes, or, on all ranks alike, DIVERGED when steps are bad and the run cannot go on by
+        itself (bad_steps.py)."""
         config = self.config
         drill = read_plan(Path(os.environ[PLAN]), self.folder.path) if PLAN in os.environ else None
         torch.manual_seed(config.train.seed + self.rank)
@@ -114,16 +117,17 @@ class Trainer:
         finally:
             if lock is not None:
                 lock.close()
-        return 128 + stopped if stopped else 0
+        return stopped
 
     def _open_folder(self) -> TextIO | None:
         """Check and open the run folder on rank 0; the others trust it."""
         if not self.leads:
             return None
-        changes = self.folder.changes(self.config, self.data.fingerprint)
+        changes = self.folder.changes(self.given, self.data.fingerprint)
         start = None if self.launcher is None else self.launcher.start
-        lock = self.folder.open(self.config, self.data.fingerprint, start)
-        self.folder.events.write("start", world_size=dist.get_world_size(), changed=changes)
+        lock = self.folder.open(self.given, self.data.fingerprint, start)
+        layout = asdict(self.config.layout)
+        self.folder.events.write("start", world_size=dist.get_world_size(), layout=layout, changed=changes)
         for change in changes:
             self._say(f"changed since the last start: {change}")
         for line in self.data.summary(self.values.batches.sequences_before(self.config.train.steps)):
@@ -134,7 +138,8 @@ class Trainer:
         """Let a drill break this rank. Raises ConfigError for a fault that would never happen."""
         from launch.drills.inject import arm
 
-        arm(plan, self.config, self.rank, self.worker, self.replica, lambda: self.progress.step + 1)
+        step, regroups = lambda: self.progress.step + 1, self._is_regrouping
+        arm(plan, self.given, self.rank, self.worker, self.replica, step, regroups)
         if self.leads:
             self._say(f"a drill: the faults of {plan.file} happen to this run")
 
@@ -156,7 +161,7 @@ class Trainer:
         return progress is not None
 
     def _train(self) -> int:
-        """The loop; returns the signal that ended it early, or 0."""
+        """The loop; returns 0, or the exit status of what ended it early."""
         train, every, saved = self.config.train, self.config.checkpoint.every, self.progress.step
         log = MetricsLog(self.folder.metrics_file, self.progress.step) if self.leads else None
         validation, stopped = None, False
@@ -200,9 +205,12 @@ class Trainer:
             validation = self._validate()
         self._settle(wait=True, last=True)
         self.worker.settle()
-        if log is not None:
+        regrouped = stopped and self.stop.signal is None and self._is_regrouping()
+        if log is not None and not regrouped:
             self._finish(log, validation, stopped)
-        return (self.stop.signal or signal.SIGINT) if stopped else 0
+        if regrouped:
+            return REGROUPED
+        return 128 + (self.stop.signal or signal.SIGINT) if stopped else 0
 
     def _note_recovery(self) -> None:
         """After the first step since the launcher started all ranks again, or the run went back: from what, and how
@@ -237,7 +245,7 @@ class Trainer:
             result = worker.train_step(
                 tokens,
                 values.learning_rate,
-                self.stop.signal is not None,
+                self.stop.signal is not None or self._is_regrouping(),
                 record,
                 sequences=sequences,
                 bias_update_speed=values.bias_update_speed,
@@ -261,6 +269,9 @@ class Trainer:
         if len(self.data.corpora) > 1:
             entry["source_tokens"] = self.data.source_tokens(self.progress.sequences)
         return entry, result.stop
+
+    def _is_regrouping(self) -> bool:
+        return self.regroup is not None and self.regroup.is_set()
 
     def _report_slow(self, seconds: Sequence[float]) -> None:
         """``seconds``: how long each rank computed in this step."""

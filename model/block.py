@@ -74,7 +74,7 @@ class Block(nn.Module):
     def expert_phase(self, rows_RD: Tensor, weights_R: Tensor, sent: Dispatched, again: Recomputation) -> Tensor:
         """The part of the mlp phase that works on what was dispatched; its tensors with a gradient stand apart."""
         assert self.experts is not None
-        y_RD: Tensor = again.phase(self.experts, rows_RD, weights_R, sent.ends_E, sent.payload)
+        y_RD: Tensor = again.phase(self.experts, rows_RD, weights_R, sent.ends_E, sent.payload, sent.handover)
         again.forget()
         return y_RD
 

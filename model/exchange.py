@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.fp8.payload import Handover
 from model.fp8.quantise import Quantised
 
 Result = TypeVar("Result", covariant=True)
@@ -35,13 +36,15 @@ class Pending(Generic[Result]):
 class Dispatched:
     """``rows_RD`` and their gate values ``weights_R``, sorted by expert; expert e has the rows up to ``ends_E[e]``
     (int32). ``layout`` belongs to the exchange: whoever combines these rows hands it back. ``payload``: the rows in
-    FP8, where they travelled so; ``rows_RD`` is then no more than what gradients hang on (``fp8/payload.py``)."""
+    FP8, where they travelled so; ``rows_RD`` is then no more than what gradients hang on, and ``handover`` is where the
+    gradient of what becomes of them is left (``fp8/payload.py``)."""
 
     rows_RD: Tensor
     weights_R: Tensor
     ends_E: Tensor
     layout: Any
     payload: Quantised | None = None
+    handover: Handover | None = None
 
 
 class Exchange(Protocol):
@@ -51,8 +54,8 @@ class Exchange(Protocol):
         """-> [T, D], for each token the sum of its K rows, in the order of K."""
         ...
 
-    def dispatch_gradient(self, gz_TD: Tensor, layout: Any) -> Pending[Tensor]:
-        """Backward of combine: gz [T, D] -> gradients of its rows [R, D]."""
+    def dispatch_gradient(self, gz_TD: Tensor, layout: Any) -> Pending[Tensor | Quantised]:
+        """Backward of combine: gz [T, D] -> gradients of its rows [R, D], in FP8 where rows are dispatched so."""
         ...
 
     def combine_gradient(self, grows_RD: Tensor, gweights_R: Tensor, layout: Any) -> Pending[tuple[Tensor, Tensor]]:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.fp8.payload import Handover
 from model.fp8.quantise import Quantised
 from model.recompute import Recomputation
 
@@ -84,8 +85,10 @@ class Products(Protocol):
         weight: nn.Parameter,
         owner: WeightGradients | None,
         ends_E: Tensor | None,
+        handover: Handover | None = None,
     ) -> Tensor:
-        """The layer after ``model.mlp.swiglu`` of ``x`` and gate values ``weights_R``, [..., 2D] -> [..., F]."""
+        """The layer after ``model.mlp.swiglu`` of ``x`` and gate values ``weights_R``, [..., 2D] -> [..., F].
+        ``handover``: backward finds the output's gradient there, and does not read what autograd hands it."""
         ...
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.filling import Filling
+from model.fp8.payload import Handover
 from model.fp8.quantise import Quantised
 from model.kernels import calls
 from model.kernels import swiglu as kernels
@@ -29,6 +30,13 @@ def swiglu(x_T2F: Tensor, weights_T: Tensor | None = None) -> Tensor:
     gate, up = x_T2F.float().chunk(2, dim=-1)
     y = F.silu(gate) * up
     return (y if weights_T is None else y * weights_T.unsqueeze(-1)).to(x_T2F.dtype)
+
+
+def activate(x_T2F: Tensor, weights_T: Tensor | None) -> Tensor:
+    """``swiglu`` without a gradient, by a kernel where there is one."""
+    if x_T2F.device.type == "cpu":
+        return kernels.forward(x_T2F, weights_T)
+    return swiglu(x_T2F, weights_T)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -48,8 +56,6 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_T2F, weights_T = ctx.saved_tensors
-        if calls.serves(x_T2F):
-            return kernels.backward(x_T2F, weights_T, grads[0])
         return swiglu_backward(x_T2F, weights_T, grads[0], x_T2F.dtype)
 
 
@@ -57,6 +63,8 @@ def swiglu_backward(
     x_T2F: Tensor, weights_T: Tensor | None, gy_TF: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the input, in ``dtype``, and of the gate values, in FP32; computed in FP32."""
+    if dtype == torch.bfloat16 and x_T2F.device.type == "cpu":
+        return kernels.backward(x_T2F, weights_T, gy_TF)
     gate, up = (half.float() for half in x_T2F.chunk(2, dim=-1))  # one after the other, where they are copies
     gy = gy_TF.float()
     silu, gsilu, gweights_T = F.silu(gate), gy * up, None
@@ -103,14 +111,16 @@ class Experts(Owned):
         weights_R: Tensor,
         ends_E: Tensor,
         payload: Quantised | None = None,
+        handover: Handover | None = None,
         again: Recomputation | None = None,
     ) -> Tensor:
-        """``payload``: the rows as they came in FP8, for the layer's ``products``."""
+        """``payload``: the rows as they came in FP8, for the layer's ``products``, as the gradient of what is returned
+        will in ``handover``."""
         again = again or Recomputation()
         if self.owner is None or self.gate_up.products is not None or not multiplies_natively(rows_RD):
-            return self._compute(rows_RD, weights_R, ends_E, payload, again)
+            return self._compute(rows_RD, weights_R, ends_E, payload, handover, again)
         filling = Filling.of(ends_E)
-        y_PD = self._compute(filling.fill(rows_RD), filling.fill(weights_R), filling.ends_E, None, again)
+        y_PD = self._compute(filling.fill(rows_RD), filling.fill(weights_R), filling.ends_E, None, None, again)
         return filling.unfill(y_PD)
 
     def _compute(
@@ -119,9 +129,11 @@ class Experts(Owned):
         weights_R: Tensor,
         ends_E: Tensor,
         payload: Quantised | None,
+        handover: Handover | None,
         again: Recomputation,
     ) -> Tensor:
         h = self.gate_up(rows_RD, ends_E, payload)
         if self.down.products is not None:
-            return self.down.products.swiglu_linear(h, weights_R, self.down.weight, self.down.owner, ends_E)
+            return self.down.products.swiglu_linear(h, weights_R, self.down.weight, self.down.owner, ends_E, handover)
+        assert handover is None, "a layer without products reads the gradient that autograd hands it"
         return self.down(again("swiglu", swiglu if self.owner is None else _SwiGLU.apply, h, weights_R), ends_E)

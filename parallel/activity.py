@@ -222,6 +222,11 @@ def judge(
         seen = f"{last['operation']} ({last['computing']}, step {last['step']})"
         names = f"ranks {', '.join(map(str, silent))} are" if len(silent) > 1 else f"rank {silent[0]} is"
         return Blame(silent, f"{names} silent, dead or stopped, last heard of in {seen}", silent=True)
+    return judge_living(after)
+
+
+def judge_living(after: Mapping[int, Mapping[str, Any]]) -> Blame | None:
+    """As ``judge``, where none is silent."""
     computing = [rank for rank in after if after[rank]["operation"] == COMPUTING]
     if not computing:
         return _missed(after)

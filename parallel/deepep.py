@@ -24,7 +24,7 @@ from model.config import ModelConfig
 from model.exchange import Dispatched, Pending
 from model.fp8 import payload
 from model.fp8.formats import E4M3
-from model.fp8.quantise import SIZE, Quantised, Scale, Tile, dequantise, quantise
+from model.fp8.quantise import SIZE, Quantised, Scale, Tile, quantise
 from parallel.activity import Activity
 from parallel.comm_stream import Chain, CommStream
 from parallel.hop import Bags, Traffic, awaited
@@ -153,7 +153,7 @@ class DeepEPExchange:
         pending = self._start("combine", lambda: _arrived(self.buffer.combine(y_MD, layout.handle)[0]))
         return Pending(lambda: pending.wait()[0])
 
-    def dispatch_gradient(self, gz_TD: Tensor, layout: DeepEPLayout) -> Pending[Tensor]:
+    def dispatch_gradient(self, gz_TD: Tensor, layout: DeepEPLayout) -> Pending[Tensor | Quantised]:
         sent, handle = self._sent(gz_TD), layout.handle
         self._count(layout.crossings, self._row_bytes(gz_TD, narrow=True))
 
@@ -163,9 +163,9 @@ class DeepEPExchange:
 
         pending = self._start("gradient of combine", chain)
 
-        def finish() -> Tensor:
+        def finish() -> Tensor | Quantised:
             rows = [part.index_select(0, layout.row_R) for part in pending.wait()]
-            return dequantise(self._quantised(rows)).to(gz_TD.dtype) if self.fp8 else rows[0]
+            return self._quantised(rows) if self.fp8 else rows[0]
 
         return Pending(finish)
 
@@ -243,7 +243,8 @@ class DeepEPExchange:
         if not self.fp8:
             return Dispatched(parts[0], weights_R, ends_E, layout)
         quantised = self._quantised(parts)
-        return Dispatched(payload.anchor(quantised, x_TD.dtype), weights_R, ends_E, layout, quantised)
+        hung = payload.anchor(quantised, x_TD.dtype)
+        return Dispatched(hung, weights_R, ends_E, layout, quantised, payload.Handover())
 
 
 def _arrived(*tensors: Tensor) -> list[Pending[Tensor]]:

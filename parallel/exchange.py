@@ -27,7 +27,7 @@ from torch import Tensor
 
 from model.exchange import Dispatched, Pending
 from model.fp8 import payload
-from model.fp8.quantise import dequantise
+from model.fp8.quantise import Quantised
 from parallel.activity import Activity
 from parallel.comm_stream import CommStream, HostStream
 from parallel.hop import ABSENT, Bags, Hop, HopLayout, Traffic, awaited, numbered, pack, true_places, unpack
@@ -74,8 +74,8 @@ class GroupExchange:
     that nothing else uses: what is started on them is in the order of ``stream``, and not of the calling thread.
     ``traffic`` counts what is sent; ``chunks`` is the same on every rank. Raises LostPeer when a rank does not come.
 
-    ``fp8``: what is dispatched, forward and as a gradient, travels in FP8 with a scale of 1x128 numbers, and goes to
-    the experts as it came. What is combined is a sum, and stays in the dtype of its rows (report, 3.3.3).
+    ``fp8``: what is dispatched, forward and as a gradient, travels in FP8 with a scale of 1x128 numbers, and goes into
+    the products of the experts as it came. What is combined is a sum, in the dtype of its rows (report, 3.3.3).
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class GroupExchange:
 
         return Pending(finish)
 
-    def dispatch_gradient(self, gz_TD: Tensor, layout: DispatchLayout) -> Pending[Tensor]:
+    def dispatch_gradient(self, gz_TD: Tensor, layout: DispatchLayout) -> Pending[Tensor | Quantised]:
         parts = self._split(payload.pack(gz_TD) if self.fp8 else gz_TD)
 
         def start(h: int, c: int, arrived: Tensor | None) -> Pending[Tensor]:
@@ -145,9 +145,9 @@ class GroupExchange:
 
         pending = self._start("gradient of combine", start, range(len(self.hops)))
 
-        def finish() -> Tensor:
+        def finish() -> Tensor | Quantised:
             rows = _joined(pending.wait()).index_select(0, layout.row_R)
-            return dequantise(payload.unpack(rows, gz_TD.shape[1])).to(gz_TD.dtype) if self.fp8 else rows
+            return payload.unpack(rows, gz_TD.shape[1]) if self.fp8 else rows
 
         return Pending(finish)
 
@@ -270,7 +270,8 @@ class GroupExchange:
         if not self.fp8:
             return Dispatched(rows, weights_R, ends_E, layout)
         quantised = payload.unpack(rows, x_TD.shape[1])
-        return Dispatched(payload.anchor(quantised, x_TD.dtype), weights_R, ends_E, layout, quantised)
+        hung = payload.anchor(quantised, x_TD.dtype)
+        return Dispatched(hung, weights_R, ends_E, layout, quantised, payload.Handover())
 
 
 def _by_source(sources_C: Tensor, rows: int) -> Tensor:

@@ -20,6 +20,8 @@ from dualpipe.overlap import Phase
 from dualpipe.program import Op
 from model.block import Block
 from model.exchange import Dispatched, Exchange, Pending
+from model.fp8.payload import Handover, anchor
+from model.fp8.quantise import Quantised
 from model.linear import Contribution, WeightGradients
 from model.positions import Positions
 from model.recompute import Recomputation
@@ -84,6 +86,7 @@ class LayerRun:
     local: Graph | None = None
     experts: Graph | None = None
     layout: object = None
+    handover: Handover | None = None
     deferred: dict[Phase, Deferred] = field(default_factory=dict)
 
 
@@ -144,7 +147,7 @@ class LayerForward:
                 arrived.rows_RD,
                 arrived.weights_R,
             )
-            self.kept.layout = arrived.layout
+            self.kept.layout, self.kept.handover = arrived.layout, arrived.handover
 
 
 class LayerBackward:
@@ -158,7 +161,7 @@ class LayerBackward:
         self._balance, self._gradient_BSD = balance, gradient_BSD
         self._local: tuple[Tensor, ...] = ()
         self._expert_gradients: tuple[Tensor, ...] = ()
-        self._rows: Pending[Tensor] | None = None
+        self._rows: Pending[Tensor | Quantised] | None = None
         self._returned: Pending[tuple[Tensor, Tensor]] | None = None
 
     def run(self, phase: Phase, op: Op) -> None:
@@ -190,7 +193,12 @@ class LayerBackward:
             self._local = kept.local.backward([self._gradient_BSD])
         if self._rows is not None:
             assert kept.experts is not None
-            self._expert_gradients = kept.experts.backward([self._rows.wait()])
+            gy_RD = self._rows.wait()
+            if isinstance(gy_RD, Quantised):
+                assert kept.handover is not None
+                kept.handover.leave(gy_RD)
+                gy_RD = anchor(gy_RD, self._gradient_BSD.dtype)
+            self._expert_gradients = kept.experts.backward([gy_RD])
         kept.deferred[Phase.MLP] = self.gradients.take()
 
     def _attention(self) -> None:
@@ -205,7 +213,7 @@ class LayerBackward:
         self._gradient_BSD = found[0]
         kept.deferred[Phase.ATTENTION] = self.gradients.take()
         # The graphs are dead, the deferred weight gradients hold what they need.
-        kept.attention = kept.local = kept.experts = kept.layout = None
+        kept.attention = kept.local = kept.experts = kept.layout = kept.handover = None
 
 
 def apply(kept: LayerRun, gradients: WeightGradients, phase: Phase) -> None:

@@ -7,6 +7,7 @@ the drill tells its own from all others, orphans included.
 import contextlib
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,9 +26,11 @@ from launch.bad_steps import SkippedBatches
 from launch.config import Config, dump
 from launch.drills import damage as damages
 from launch.drills.damage import Damage
-from launch.drills.fault import PLAN, Plan
+from launch.drills.fault import PLAN, Action, Fault, Plan, Point
 from launch.drills.scenarios import EVERY, STEPS, Again, Scenario
 from launch.metrics import read_jsonl
+from launch.nodes.roster import NodeCount
+from launch.nodes.roster_file import RosterFile
 from launch.rank import die_with_parent
 from launch.recovery_config import RecoveryConfig
 from launch.run_folder import RunFolder
@@ -34,9 +38,12 @@ from parallel.checkpoint import published
 
 INTERRUPT_AFTER = 2 * EVERY + 1
 """The step after which a launcher is interrupted."""
+CONTROL_WAIT_SECONDS = 60.0
+"""How long the nodes of a control wait for one that does not come."""
 END_SECONDS = 5.0
 """How long processes may take to be gone after the launcher is."""
 PLAN_FILE = "plan.json"
+ALONE = NodeCount()
 _POLL_SECONDS = 0.02
 
 
@@ -78,8 +85,11 @@ def drilled(config: Config, run: Path, scenario: Scenario | None = None, control
         asynchronous = scenario.asynchronous
         if scenario.replicated:  # its control is restarted too, and finds nothing in memory
             every, replicated = 0, not control
-        if scenario.again is Again.LAUNCHER and (scenario.replicated or not control):
+        several = scenario.nodes > 1
+        if scenario.again is Again.LAUNCHER and (scenario.replicated or several or not control):
             restarts = len(scenario.faults)
+        if several and control:
+            guard = replace(guard, node_wait_seconds=CONTROL_WAIT_SECONDS)
         if scenario.restarts is not None:
             restarts = scenario.restarts
     return replace(
@@ -114,8 +124,9 @@ def disturbed(scenario: Scenario, config: Config, folder: Path, control: bool, l
     """Run a scenario in a fresh folder; ``control``: without what protects the run. Each start may take
     ``limit_seconds``. Raises ConfigError for faults that would never happen to this configuration."""
     plan = Plan(folder / PLAN_FILE, scenario.faults, verify_checkpoints=not control)
-    with Drive(drilled(config, folder / "run", scenario, control), plan, limit_seconds, scenario.nodes) as drive:
-        attempts = [drive.start(scenario.interrupt)]
+    nodes = NodeCount(scenario.nodes, scenario.nodes + scenario.spares)
+    with Drive(drilled(config, folder / "run", scenario, control), plan, limit_seconds, nodes, scenario.hosts) as drive:
+        attempts = [drive.start(scenario.interrupt, returns=scenario.returns)]
         damaged: tuple[str, ...] = ()
         # A launcher that was killed cannot remove its temporary files; its processes have to be gone all the same.
         killed = scenario.interrupt is signal.SIGKILL or scenario.nodes > 1
@@ -130,17 +141,52 @@ def disturbed(scenario: Scenario, config: Config, folder: Path, control: bool, l
         return Evidence(drive.run, attempts, struck, drive.forwards(), damaged, leftovers)
 
 
+def planned(config: Config, folder: Path, like: RunFolder) -> Evidence:
+    """A run that nobody disturbs, and whose user stops it, and goes on with it, to take every step on the layout on
+    which the run in the folder ``like`` took it."""
+    parts = [list(steps) for _, steps in groupby(layouts(like).items(), key=lambda item: item[1])]
+    stops = tuple(Fault(Action.ASK, 0, part[-1][0] - 1, Point.FORWARD) for part in parts[:-1])  # it stops a step later
+    with Drive(drilled(config, folder / "run"), Plan(folder / PLAN_FILE, stops)) as drive:
+        attempts = []
+        for part in parts:
+            layout = part[0][1]
+            attempts.append(drive.start(words=[f"layout.{key}={value}" for key, value in layout.items()]))
+        return Evidence(drive.run, attempts, [], drive.forwards(), (), drive.leftovers())
+
+
+def layouts(run: RunFolder) -> dict[int, dict[str, int]]:
+    """On which layout each step was taken that counts, from 1 on."""
+    taken: dict[int, dict[str, int]] = {}
+    layout: dict[str, int] = {}
+    for event in run.events.entries():
+        if event.get("event") == "start":
+            layout = event["layout"]
+        if event.get("event") == "resume" or not taken:  # one that ended before it resumed took none
+            taken.update(dict.fromkeys(range(event.get("step", 0) + 1, STEPS + 1), layout))
+    return taken
+
+
 class Drive:
     """The starts of one run, whose folder and configuration are in the folder of its plan, which is made here; each may
-    take ``limit_seconds``. On several ``nodes``, launchers on this machine, a start has one more as a spare.
+    take ``limit_seconds``. Several ``nodes`` are as many launchers on this machine, spares included; ``hosts`` gives
+    each a network of its own, which is mended once a step was taken again, if it was cut.
 
     A context manager; once it is left, by whatever way, no process of the run is alive.
     """
 
-    def __init__(self, config: Config, plan: Plan, limit_seconds: float = math.inf, nodes: int = 1) -> None:
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        limit_seconds: float = math.inf,
+        nodes: NodeCount = ALONE,
+        hosts: bool = False,
+    ) -> None:
         folder = plan.file.parent
         plan.check(config)
-        self.plan, self.limit_seconds, self.nodes, self.run = plan, limit_seconds, nodes, RunFolder(config)
+        self.plan, self.limit_seconds, self.run = plan, limit_seconds, RunFolder(config)
+        self.nodes, self.hosts, self._ranks = nodes, hosts, config.layout.world_size // nodes.needed
+        self._holds, self._mended = any(fault.action is Action.HOLD for fault in plan.faults), False
         self.config_file, self.output, self.temporary = folder / "config.yaml", folder / "output.txt", folder / "tmp"
         self.interrupted: float | None = None
         """When the launcher was sent a signal, in seconds of ``time.time``."""
@@ -163,33 +209,44 @@ class Drive:
         interrupt: signal.Signals | None = None,
         is_due: Callable[[int], bool] = lambda steps: steps >= INTERRUPT_AFTER,
         poll_seconds: float = _POLL_SECONDS,
+        words: Sequence[str] = (),
+        returns: bool = False,
     ) -> Attempt:
         """Train until the command ends, or until ``limit_seconds`` are over; ``interrupt`` it once that ``is_due``: it
-        is asked with the steps done, every ``poll_seconds``."""
+        is asked with the steps done, every ``poll_seconds``. ``words``: overrides; ``returns``: whether another
+        launcher is started once a step was taken again."""
         resumed, before, began = len(self._resumes()), self._last_entry(), time.time()
-        launchers = self._launch()
+        self.output.unlink(missing_ok=True)
+        launchers = self._launch(1 if self.hosts else self.nodes.most, words)
         stepped = None
         while _status(launchers) is None and time.time() - began < self.limit_seconds:
             entry = self._last_entry()
             # What is taken again has its old place in the metrics for a moment.
             if stepped is None and entry != before and len(self._resumes()) > resumed:
                 stepped = time.time() if _step(entry) > self._resumes()[-1] else None
+            if returns and stepped is not None:
+                launchers += self._launch(1, words)
+                returns = False
+            if self._holds and stepped is not None and not self.plan.released.exists():
+                self._let_go_on()
             if interrupt is not None and self.interrupted is None and is_due(_step(entry)):
                 self.interrupted = time.time()
                 launchers[0].send_signal(interrupt)
             time.sleep(poll_seconds)
         return Attempt(began, time.time(), stepped, _status(launchers), self.steps(), self.output.read_text())
 
-    def _launch(self) -> list[subprocess.Popen[bytes]]:
+    def _launch(self, launchers: int, words: Sequence[str]) -> list[subprocess.Popen[bytes]]:
         environment = {**os.environ, PLAN: str(self.plan.file), "TMPDIR": str(self.temporary)}
-        words = [sys.executable, "-m", "launch.cli", "train", str(self.config_file), "--json"]
-        spare = 1 if self.nodes > 1 else 0
-        if spare:
-            words += ["--nnodes", f"{self.nodes}:{self.nodes + spare}"]
-        with self.output.open("w") as output:
+        command = [sys.executable, "-m", "launch.cli", "train", str(self.config_file), *words, "--json"]
+        if self.nodes != ALONE:
+            command += ["--nnodes", str(self.nodes)]
+        if self.hosts:
+            cluster = ["hosts", "--nodes", str(self.nodes.most), "--ranks-per-node", str(self._ranks)]
+            command = [sys.executable, "-m", "launch.cli", *cluster, "--", *command]
+        with self.output.open("a") as output:
             return [
                 subprocess.Popen(
-                    words,
+                    command,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -197,8 +254,23 @@ class Drive:
                     start_new_session=True,  # Ctrl-C is for the drill
                     preexec_fn=die_with_parent,
                 )
-                for _ in range(self.nodes + spare)
+                for _ in range(launchers)
             ]
+
+    def _let_go_on(self) -> None:
+        """Have ranks that are held go on, once what they are held for is there: every node reaches all others again,
+        after it was given its link; or the run has regrouped, maybe before there was a rank to hold."""
+        if not self.hosts:
+            if any(event.get("event") == "regroup" for event in self.run.events.entries()):
+                self.plan.released.touch()
+            return
+        nodes = re.findall(r"namespaces of process ([0-9]+)$", self.output.read_text(), re.MULTILINE)
+        for process in [] if self._mended else nodes:
+            subprocess.run(["nsenter", "--target", process, "--net", "ip", "link", "set", "eth0", "up"], check=True)
+        self._mended = True
+        with RosterFile(self.run.nodes_file).open() as roster:
+            if len(roster.reachable) == self.nodes.most:
+                self.plan.released.touch()
 
     def damage(self, damage: Damage) -> tuple[str, ...]:
         """Damage the newest checkpoint -> CHECKPOINT/FILE of what is damaged."""

@@ -48,6 +48,9 @@ class Action(enum.Enum):
     """SIGKILL, after all that memory held with this rank is gone, its own snapshots and its peer's: as with a node."""
     LOSE_NODE = "was lost"
     """SIGKILL to the launcher of the rank and to all that it started, as when a node loses its power."""
+    CUT = "was cut off"
+    """The node of the rank reaches no other any more, nor do others reach it; its processes, and what they see of the
+    file system, are as before. In a node of ``dualpipe hosts``."""
     NAN = "not finite"
     """One of the rank's gradients is no number any more."""
     SPIKE = "spike"
@@ -66,6 +69,9 @@ class Action(enum.Enum):
     """From here on the rank computes ``Fault.times`` as long."""
     ASK = "asked to stop"
     """The rank is asked to stop, by SIGTERM: all stop after the next step."""
+    HOLD = "held"
+    """The rank waits there until the drill lets it go on, or its launcher asks for a regrouping: what happens meanwhile
+    happens before the run is over. Nothing breaks."""
     SKIP = "left out"
     """The rank does not take part in what all ranks with a copy of a stage do together, and goes on."""
 
@@ -110,6 +116,11 @@ class Plan:
     def mark(self, fault: Fault) -> Path:
         """The file that says when a fault happened, in seconds of ``time.time``; each happens once."""
         return self.file.with_name(f"{self.file.name}.happened-{self.faults.index(fault)}")
+
+    @property
+    def released(self) -> Path:
+        """The file that lets ranks go on that are held."""
+        return self.file.with_name(f"{self.file.name}.released")
 
     @property
     def forwards(self) -> Path:

@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from typing import Any
 import psutil
 import torch
 
+from launch import hosts
 from launch.config import Config
 from launch.drills.fault import PLAN, Action, Fault, Plan, Point
 from launch.run_folder import RunFolder
@@ -31,6 +33,7 @@ from parallel.worker import Worker
 
 FULL_DISK_BYTES = 64
 SPIKE_NATS = 1e5
+_POLL_SECONDS = 0.01
 _COMPUTING = {
     Point.FORWARD: ("forward", "overlapped"),
     Point.BACKWARD: ("backward", "backward_input", "overlapped"),
@@ -51,12 +54,20 @@ class _Here:
     replica: Replica | None
     checkpoints: Path
     step: Callable[[], int]
+    may_go_on: Callable[[], bool]
 
 
 def arm(
-    plan: Plan, config: Config, rank: int, worker: Worker, replica: Replica | None, current_step: Callable[[], int]
+    plan: Plan,
+    config: Config,
+    rank: int,
+    worker: Worker,
+    replica: Replica | None,
+    current_step: Callable[[], int],
+    is_regrouping: Callable[[], bool],
 ) -> None:
-    """Have the faults of this rank happen. ``current_step`` is the step being taken, from 1.
+    """Have the faults of this rank happen. ``current_step`` is the step being taken, from 1; ``is_regrouping``: whether
+    the launcher asks for the end of the attempt.
 
     Raises ConfigError for a fault that would never happen.
     """
@@ -64,7 +75,8 @@ def arm(
     if not plan.verify_checkpoints:
         checkpoint.damage = lambda path: None
     _say_when_it_begins(plan.forwards, worker)
-    here = _Here(rank, worker, replica, RunFolder(config).checkpoints, current_step)
+    checkpoints = RunFolder(config).checkpoints
+    here = _Here(rank, worker, replica, checkpoints, current_step, lambda: plan.released.exists() or is_regrouping())
     for fault in plan.faults:
         if fault.happens_to(rank, config.layout.world_size):
             _arm(fault, plan.mark(fault), here)
@@ -225,6 +237,9 @@ def _act(action: Action, here: _Here) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case Action.LOSE_NODE:
             _lose_node()
+        case Action.CUT:
+            assert hosts.is_node(), "not the machine's own network"
+            subprocess.run(["ip", "link", "set", "eth0", "down"], check=True)
         case Action.SEGFAULT:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             ctypes.string_at(0)
@@ -248,6 +263,9 @@ def _act(action: Action, here: _Here) -> None:
         case Action.HANG:
             while True:
                 time.sleep(60)
+        case Action.HOLD:
+            while not here.may_go_on():
+                time.sleep(_POLL_SECONDS)
         case Action.FULL_DISK:
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_DISK_BYTES, hard))

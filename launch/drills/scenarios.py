@@ -48,7 +48,13 @@ class Scenario:
     fewest_ranks: int = 1
     """With fewer the scenario means nothing."""
     nodes: int = 1
-    """Launchers that start a part of the ranks each; where there are several, one more waits as a spare."""
+    """Launchers that start a part of the ranks each."""
+    spares: int = 0
+    """Launchers that wait beside them."""
+    hosts: bool = False
+    """Whether each of them is a node of an emulated cluster, whose network is mended once the run goes on."""
+    returns: bool = False
+    """Whether one is started again once the run goes on without; it has to train with fewer nodes, then with all."""
     guard: RecoveryConfig | None = None
     """What watches the numbers, or the ranks, or bounds their time."""
     skips: bool = False
@@ -72,7 +78,7 @@ def _unsaved(name: str, action: Action, broken: str) -> Scenario:
 
 def _loses_node(name: str, rank: int, broken: str) -> Scenario:
     lost = Fault(Action.LOSE_NODE, rank, _FAULT_STEP, Point.FORWARD)
-    return Scenario(name, broken, 1, (lost,), again=Again.LAUNCHER, replicated=True, fewest_ranks=2, nodes=2)
+    return Scenario(name, broken, 1, (lost,), again=Again.LAUNCHER, replicated=True, fewest_ranks=2, nodes=2, spares=1)
 
 
 def _slow(times: float) -> Scenario:
@@ -121,6 +127,35 @@ _ALL = (
     _unsaved("lose-memory", Action.LOSE_MEMORY, "last rank and its node's memory lost; no checkpoint"),
     _loses_node("lose-node", -1, "node 1 of 2 lost, one is spare; no checkpoint"),
     _loses_node("lose-node-store", 0, "node 0 of 2 lost, which has the store; no checkpoint"),
+    Scenario(
+        "partition",
+        "node 1 of 2 cut off, one is spare; mended later; no checkpoint",
+        lost_steps=1,
+        faults=(
+            Fault(Action.CUT, -1, _FAULT_STEP, Point.FORWARD),
+            Fault(Action.HOLD, 0, _FAULT_STEP + 1, Point.FORWARD),
+        ),
+        again=Again.LAUNCHER,
+        replicated=True,
+        fewest_ranks=2,
+        nodes=2,
+        spares=1,
+        hosts=True,
+    ),
+    Scenario(
+        "shrink",
+        "node 1 of 2 lost, none is spare, and back later",
+        lost_steps=EVERY,
+        faults=(
+            Fault(Action.LOSE_NODE, -1, EVERY + 2, Point.FORWARD),
+            Fault(Action.HOLD, 0, EVERY + 3, Point.FORWARD),
+        ),
+        again=Again.LAUNCHER,
+        fewest_ranks=2,
+        nodes=2,
+        returns=True,
+        guard=RecoveryConfig(on_node_loss="shrink", max_restarts=1),
+    ),
     Scenario(
         "kill-two",
         "first and last rank killed at once",

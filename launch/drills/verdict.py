@@ -97,7 +97,19 @@ def judge(scenario: Scenario, evidence: Evidence, undisturbed: Ending) -> Verdic
     if verdict.culprit is None and scenario.interrupt is None:
         problems.append("the culprit was not named")
     problems += _others_named(scenario, evidence)
+    if scenario.returns:
+        problems += _regrouped(evidence)
     return verdict
+
+
+def _regrouped(evidence: Evidence) -> Iterator[str]:
+    """What is wrong with the numbers of ranks of a run that was to go on with fewer, then with all again."""
+    events = evidence.folder.events.entries()
+    ranks = [event["world_size"] for event in events if event.get("event") == "start"]
+    if not ranks or min(ranks) == ranks[0]:
+        yield "it never trained with fewer nodes"
+    elif ranks[-1] != ranks[0]:
+        yield "it never trained with all nodes again"
 
 
 def _others_named(scenario: Scenario, evidence: Evidence) -> Iterator[str]:
@@ -176,7 +188,8 @@ def _culprit(scenario: Scenario, evidence: Evidence) -> str | None:
                 return damaged
         return None
     found = []
-    for _, at_once in groupby(scenario.faults, key=lambda fault: fault.step):
+    breaking = (fault for fault in scenario.faults if fault.action is not Action.HOLD)
+    for _, at_once in groupby(breaking, key=lambda fault: fault.step):
         named = [words for fault in at_once if (words := _named(fault, scenario, evidence, events)) is not None]
         if not named:
             return None
@@ -198,7 +211,7 @@ def _named(fault: Fault, scenario: Scenario, evidence: Evidence, events: list[di
                     return f"{event['why']} (step {fault.step})"
             case "slow rank" if fault.action is Action.SLOW and fault.happens_to(event["rank"], ranks):
                 return f"rank {event['rank']} is slow: {event['times']:.1f} times"
-            case "failure" if fault.action is Action.LOSE_NODE and event["rank"] is None:
+            case "failure" if fault.action in (Action.LOSE_NODE, Action.CUT) and event["rank"] is None:
                 owners = range(ranks)[event["node"] * ranks // scenario.nodes :][: ranks // scenario.nodes]
                 if word in event["cause"] and any(fault.happens_to(rank, ranks) for rank in owners):
                     return str(event["cause"])

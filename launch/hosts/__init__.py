@@ -7,6 +7,7 @@ command given runs in each, with torchrun's cluster options in its environment. 
 import argparse
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import NoReturn
 
 from launch import output, stop
 from launch.hosts.cluster import Cluster
-from launch.hosts.links import LinkError, Rate
+from launch.hosts.links import NETWORK, LinkError, Rate
 
 USER_ERROR = 2
 FAILED = 1
@@ -86,6 +87,14 @@ def missing() -> str | None:
     if any(not int(held, 16) >> bit & 1 for bit in CAPABILITIES.values()):
         return f"dualpipe hosts needs root: {' and '.join(CAPABILITIES)} (a container has them with --privileged)"
     return None
+
+
+def is_node() -> bool:
+    """Whether this process runs in a node of a cluster, with a network of its own."""
+    try:
+        return socket.gethostbyname(socket.gethostname()).startswith(f"{NETWORK}.")
+    except OSError:
+        return False
 
 
 def parser() -> argparse.ArgumentParser:

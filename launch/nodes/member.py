@@ -9,12 +9,13 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import TypeVar
 
 from launch.config import ConfigError
+from launch.nodes.reach import Address
 from launch.nodes.roster import Ending, NodeCount, Roster
 from launch.nodes.roster_file import RosterFile
 
@@ -24,23 +25,28 @@ _LOOKS_PER_SECOND = 50
 """Of all nodes together, at most: where there are many of them, each beats less often."""
 
 Result = TypeVar("Result")
+Terms = tuple[str, NodeCount, Sequence[int], int]
 
 
 class Member:
     """This launcher, as one of the nodes of a job, whose ``terms`` are what ``Roster.begin`` takes; ``told``: called by
-    the node whose word ended an attempt, while no other can look. A context manager: joins, and leaves. Raises
-    ConfigError when there is no room for one more, and OSError."""
+    the node whose word ended an attempt, while no other can look; ``address``: where others can try to reach it. A
+    context manager: joins, and leaves. Raises ConfigError when there is no room for one more, and OSError."""
 
-    def __init__(self, file: RosterFile, terms: tuple[str, NodeCount, int], told: Callable[[Ending], None]) -> None:
+    def __init__(
+        self, file: RosterFile, terms: Terms, told: Callable[[Ending], None], address: Address | None = None
+    ) -> None:
         self.host = socket.gethostname()
         self.name = f"{self.host}:{os.getpid()}:{time.time_ns():x}"
         self.beat_seconds = max(BEAT_SECONDS, terms[1].most / _LOOKS_PER_SECOND)
         self.silent_seconds = SILENT_BEATS * self.beat_seconds
         self.stop_asked: int | None = None
         """A signal that this launcher got; the others will know with the next beat."""
+        self.stuck = ""
+        """What the ranks here do, for the others to know with the next beat."""
         self.view = Roster()
         """The roster as this node saw it last. Never changed, only replaced."""
-        self._file, self._told = file, told
+        self._file, self._told, self._address = file, told, address
         self._terms = terms
         self._silence = _Silence(self.silent_seconds, 2 * self.beat_seconds)
         self._changed = threading.Condition()
@@ -107,15 +113,21 @@ class Member:
     def end(self, ending: Ending) -> None:
         """Say why an attempt ended, unless another node has said so already."""
 
-        def change(roster: Roster) -> None:
-            if roster.end(ending):
+        self.settle(lambda roster: ending if roster.end(ending) else None)
+
+    def settle(self, change: Callable[[Roster], Ending | None]) -> None:
+        """As ``look``, for what may end the attempt."""
+
+        def settled(roster: Roster) -> None:
+            ending = change(roster)
+            if ending is not None:
                 self._told(ending)
 
-        self.look(change)
+        self.look(settled)
 
     def _try_to_join(self, roster: Roster, silence: "_Silence") -> str | None:
         """Why it cannot join now; None when it did."""
-        job, count, _ = self._terms
+        job, count, *_ = self._terms
         beats = {name: member.beat for name, member in roster.members.items()}
         if len(silence.of(time.monotonic(), beats)) == len(beats):
             roster.begin(*self._terms)
@@ -127,7 +139,7 @@ class Member:
             return "CONFIG and key=value must give what the nodes that are there were given, every value"
         elif len(beats) == count.most:
             return f"--nnodes={count} must be more: as many nodes are there, and none of them is silent"
-        roster.join(self.name, self.host)
+        roster.join(self.name, self.host, self._address)
         return None
 
     def _run(self) -> None:
@@ -140,6 +152,7 @@ class Member:
         if me is None:
             return
         me.beat += 1
+        me.stuck = self.stuck
         self._pass_stop_on(roster)
         beats = {name: member.beat for name, member in roster.members.items() if name != self.name}
         for name in self._silence.of(time.monotonic(), beats):

@@ -25,10 +25,11 @@ STORE_SECONDS = 30.0
 
 
 class PlaceRendezvous(RendezvousHandler):
-    """The place that ``member`` has in ``attempt``. ``address``: of this host, as other nodes reach it."""
+    """The place that ``member`` has in ``attempt``, of so many ``nodes``. ``address``: of this host, as other nodes
+    reach it."""
 
-    def __init__(self, member: Member, attempt: int, address: str) -> None:
-        self._member, self._attempt, self._address = member, attempt, address
+    def __init__(self, member: Member, attempt: int, nodes: int, address: str) -> None:
+        self._member, self._attempt, self._nodes, self._address = member, attempt, nodes, address
 
     def get_backend(self) -> str:
         return BACKEND
@@ -48,7 +49,7 @@ class PlaceRendezvous(RendezvousHandler):
         else:
             host, port = self._published()
             store = TCPStore(host, port, is_master=False, timeout=timeout)
-        return RendezvousInfo(store, place, self._member.view.count.needed, RendezvousStoreInfo(host, port))
+        return RendezvousInfo(store, place, self._nodes, RendezvousStoreInfo(host, port))
 
     def _publish(self, roster: Roster, host: str, port: int) -> None:
         if roster.attempt == self._attempt:

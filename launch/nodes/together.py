@@ -5,19 +5,24 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 from launch.attempts import Journal, say_the_end, status_of
 from launch.config import Config, ConfigError, dump
+from launch.hang import Readings
 from launch.keeper import Keeper
 from launch.launcher import Failure
-from launch.nodes import rendezvous
+from launch.nodes import rendezvous, stuck
 from launch.nodes.member import Member
+from launch.nodes.reach import Listener, Reach
 from launch.nodes.roster import Ending, NodeCount, Roster
 from launch.nodes.roster_file import RosterFile
+from launch.nodes.smaller import Share, largest, shares
 from launch.run_folder import RunFolder
-from launch.train import FAILED
+from launch.train import FAILED, REGROUPED
+from parallel.mesh import Layout
 
 
 class Together:
@@ -25,7 +30,9 @@ class Together:
     of its ranks. A context manager: joins, and leaves. Raises ConfigError."""
 
     def __init__(self, config: Config, nodes: NodeCount, address: str, keeper: Keeper | None) -> None:
-        self.ranks_per_node = nodes.ranks_on_each(config.layout.world_size)
+        self._shares = shares_of(config, nodes)
+        self.share = self._shares[0]
+        """What the nodes train in the attempt that was waited for, or will in the first."""
         self._config, self._address, self._keeper = config, address, keeper
         self._journal, folder = Journal(config), RunFolder(config)
         try:
@@ -33,18 +40,21 @@ class Together:
         except OSError as error:
             raise ConfigError(f"run.dir={folder.path} must be a folder that can be written: {error.strerror}") from None
         job = hashlib.sha256(dump(config).encode()).hexdigest()
-        most_restarts = config.recovery.max_restarts
-        self.member = Member(RosterFile(folder.nodes_file), (job, nodes, most_restarts), self._note)
+        self._open = ExitStack()
+        self._listener = self._open.enter_context(Listener(address))
+        terms = job, nodes, [share.nodes for share in self._shares], config.recovery.max_restarts
+        self.member = Member(RosterFile(folder.nodes_file), terms, self._note, self._listener.address)
         self.recovering: Failure | None = None
         self.begun = False
         self._attempt, self._place = 0, -1
         self._noticed: float | None = None
-        self._announced: int | None = -1
-        self._open = ExitStack()
+        self._announced: tuple[int | None, int] = -1, 0
+        self._said_short = 0
         rendezvous.register()
 
     def __enter__(self) -> "Together":
         self._open.enter_context(self.member)
+        self._open.enter_context(Reach(self.member))
         return self
 
     def __exit__(
@@ -58,7 +68,7 @@ class Together:
 
     @property
     def first_rank(self) -> int:
-        return self._place * self.ranks_per_node
+        return self._place * self.share.ranks
 
     def asked_to_stop(self, number: int) -> None:
         self.member.stop_asked = number
@@ -66,21 +76,25 @@ class Together:
     def wait(self) -> int | None:
         member, since = self.member, time.monotonic()
         while True:
-            view, place = member.view, member.place
+            view = member.view
+            me = view.members.get(member.name)
             if view.closed:
                 return 128 + view.stop if view.stop is not None else view.over
-            if member.given_up:
+            if me is None:
                 self._join_again()
                 continue
+            place = me.place
             self._announce(view, place)
-            if view.members[member.name].ready != view.attempt:
+            if me.ready != view.attempt:
                 member.look(lambda roster: self._be_ready(roster))
             elif view.running and place is not None:
-                self._attempt, self._place = view.attempt, place
+                self._attempt, self._place, member.stuck = view.attempt, place, ""
+                self._take(view)
                 self.recovering = self._last_failure(view, since)
                 self._journal.begin()
                 return None
             elif view.running:  # a spare waits for as long as the others train
+                self._take(view)
                 since = time.monotonic()
                 member.wait()
             elif time.monotonic() - since > self._config.recovery.node_wait_seconds:
@@ -89,11 +103,11 @@ class Together:
                 member.wait()
 
     def rendezvous(self) -> Mapping[str, Any]:
-        handler = rendezvous.PlaceRendezvous(self.member, self._attempt, self._address)
-        needed = self.member.view.count.needed
+        nodes = self.share.nodes
+        handler = rendezvous.PlaceRendezvous(self.member, self._attempt, nodes, self._address)
         return {
-            "min_nodes": needed,
-            "max_nodes": needed,
+            "min_nodes": nodes,
+            "max_nodes": nodes,
             "run_id": handler.get_run_id(),
             "rdzv_backend": rendezvous.BACKEND,
             "rdzv_configs": {"handler": handler},
@@ -102,6 +116,26 @@ class Together:
     def ended_elsewhere(self) -> bool:
         member, view = self.member, self.member.view
         return member.given_up or view.attempt != self._attempt or view.broken not in (None, member.name)
+
+    def node_lost(self) -> bool:
+        ending = self.member.view.ending
+        lost = ending is not None and ending.rank is None and not ending.planned
+        return lost and self.member.view.attempt == self._attempt + 1
+
+    def regroups(self) -> bool:
+        """On one node, that of rank 0, which says what became of the run: all ranks stop when one asks."""
+        view = self.member.view
+        return self._place == 0 and view.growing and view.attempt == self._attempt
+
+    def tell_stuck(self, readings: Readings | None) -> None:
+        self.member.stuck = "" if readings is None else stuck.pack(self._attempt, readings)
+
+    def stuck_elsewhere(self) -> Readings | None:
+        view = self.member.view
+        if view.attempt != self._attempt:
+            return None
+        others = [view.members[name].stuck for name in view.placed() if name != self.member.name]
+        return stuck.merge(self._attempt, others)
 
     def break_off(self) -> None:
         with suppress(OSError):  # without the file the others give this node up
@@ -114,6 +148,8 @@ class Together:
             return 0
         own = self._journal.explained(failure)
         self._noticed = own.noticed
+        if own.status == REGROUPED:
+            self.member.end(self._regrouping())
         self._agree(own)
         view = self.member.view
         if view.over == 0:  # the other nodes are done
@@ -123,7 +159,9 @@ class Together:
             return None
         agreed = self._last_failure(view, own.noticed)
         assert agreed is not None, view
-        if self.member.speaks and view.over is None:
+        if view.ending is not None and view.ending.planned:
+            pass  # the next attempt says what it is
+        elif self.member.speaks and view.over is None:
             self._journal.say_restart(agreed.cause, view.restarts)
         elif self.member.speaks and view.ending is not None and view.ending.can_recover:
             say_the_end(agreed, view.max_restarts)
@@ -155,6 +193,32 @@ class Together:
             self._attempt, self._place, self.member.host, own.rank, cause, own.can_recover, status=status_of(own)
         )
 
+    def _regrouping(self) -> Ending:
+        there = len(self.member.view.reachable)
+        cause = f"{there} nodes are there, and {self.share.nodes} trained"
+        return Ending(self._attempt, self._place, self.member.host, None, cause, can_recover=True, planned=True)
+
+    def _take(self, view: Roster) -> None:
+        """What so many nodes train as have a place; what memory holds of another layout is of no use then."""
+        before, share = self.share, largest(self._shares, view.places)
+        assert share is not None, view
+        if share == before:
+            return
+        self.share = share
+        if self._keeper is not None:
+            self._keeper.clear()
+        if not self.member.speaks:
+            return
+        idle, memory = len(view.reachable) * self._shares[0].ranks - share.layout.world_size, ""
+        if self._keeper is not None:
+            memory = ", from the newest checkpoint: memory has another layout"
+        print(
+            f"{share.nodes} of {view.count.needed} nodes train, {share.ranks} ranks on each: {share.keys}, "
+            f"{idle} ranks idle{memory}",
+            file=sys.stderr,
+            flush=True,
+        )
+
     def _be_ready(self, roster: Roster) -> None:
         if self.member.name in roster.members:
             roster.be_ready(self.member.name)
@@ -183,15 +247,61 @@ class Together:
         self.member.join()
 
     def _announce(self, view: Roster, place: int | None) -> None:
-        if place == self._announced:
+        if view.attempt > view.first and not view.running and len(view.reachable) < view.places:
+            self._say_short(view)
+        if (place, view.places) == self._announced:
             return
-        self._announced = place
-        there = f"{len(view.placed())} of {view.count.needed} nodes are there"
+        self._announced = place, view.places
+        there = f"{len(view.placed())} of {view.places} nodes are there"
         if place is None:
             print(f"spare node ({self.member.host}): {there}", file=sys.stderr, flush=True)
             return
-        ranks = f"ranks {place * self.ranks_per_node} to {(place + 1) * self.ranks_per_node - 1}"
+        share = largest(self._shares, view.places)
+        assert share is not None, view
+        ranks = f"ranks {place * share.ranks} to {(place + 1) * share.ranks - 1}"
         print(f"node {place} ({self.member.host}), {ranks}: {there}", file=sys.stderr, flush=True)
 
+    def _say_short(self, view: Roster) -> None:
+        """Once an attempt: why it does not begin."""
+        if self._said_short == view.attempt or not self.member.speaks:
+            return
+        self._said_short = view.attempt
+        recovery, fewer = self._config.recovery, ""
+        if recovery.on_node_loss == "shrink":
+            fewer = f", and no layout with layout.pipeline={self._config.layout.pipeline} fits on fewer"
+        print(
+            f"{len(view.reachable)} of {view.places} nodes are there{fewer}: waiting for another, for "
+            f"recovery.node_wait_seconds={recovery.node_wait_seconds:g} at most",
+            file=sys.stderr,
+            flush=True,
+        )
+
     def _note(self, ending: Ending) -> None:
-        self._journal.note(ending.rank, ending.cause, node=ending.place, host=ending.host)
+        event = "regroup" if ending.planned else "failure"
+        self._journal.note(ending.rank, ending.cause, event, node=ending.place, host=ending.host)
+
+
+def shares_of(config: Config, nodes: NodeCount) -> list[Share]:
+    """What the nodes of a run may train, the run's own layout first. Raises ConfigError."""
+    wanted = Share(nodes.needed, nodes.ranks_on_each(config.layout.world_size), config.layout)
+    policy = config.recovery.on_node_loss
+    if policy == "wait" and nodes.most > nodes.needed:
+        raise ConfigError(f"--nnodes={nodes} must be {nodes.needed}: recovery.on_node_loss=wait has no spares")
+    if policy != "shrink":
+        return [wanted]
+
+    def fits(layout: Layout) -> bool:
+        try:
+            replace(config, layout=layout)
+        except ConfigError:
+            return False
+        return True
+
+    found = shares(wanted, fits)
+    if len(found) == 1:
+        raise ConfigError(
+            f"recovery.on_node_loss=shrink: no layout with layout.pipeline={config.layout.pipeline} and "
+            f"train.global_batch_size={config.train.global_batch_size} fits on fewer than {nodes.needed} nodes of "
+            f"{wanted.ranks} ranks"
+        )
+    return found

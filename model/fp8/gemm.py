@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.fp8.quantise import SIZE, Quantised, Scale, Tile, dequantise, quantise
-from model.mlp import swiglu
+from model.mlp import activate
 
 
 class PrecisionError(ValueError):
@@ -63,11 +63,11 @@ class Gemm(ABC):
 
     def swiglu_rows(self, x_T2D: Tensor, weights_T: Tensor | None, scale: Scale) -> Quantised:
         """``model.mlp.swiglu`` as Fprop takes it."""
-        return quantise(swiglu(x_T2D, weights_T), Tile.ROW, scale)
+        return quantise(activate(x_T2D, weights_T), Tile.ROW, scale)
 
     def swiglu_columns(self, x_T2D: Tensor, weights_T: Tensor | None, scale: Scale, ends_E: Tensor | None) -> Quantised:
         """The same as Wgrad takes it."""
-        return quantise(swiglu(x_T2D, weights_T), Tile.COLUMN, scale, ends_E=ends_E)
+        return quantise(activate(x_T2D, weights_T), Tile.COLUMN, scale, ends_E=ends_E)
 
     def fprop(self, x: Quantised, w: Quantised, ends_E: Tensor | None, dtype: torch.dtype) -> Tensor:
         """[T, D], [(E,) F, D] -> [T, F]."""

@@ -4,10 +4,11 @@
     backward (I)     gx = Dgrad(gy in ROW tiles, W in BLOCKs)           keeps gy in COLUMN tiles until W
     backward (W)     gW += Wgrad(gy in COLUMN tiles, x from ROW into COLUMN tiles)
 
-Everything that W needs is fixed by I, so that it gives the same bits whenever it is run. Masters and gradients stay
-FP32 and are the business of whoever owns them; an owner who says when the parameters change gives the layers
-``WeightBlocks``, and a weight is quantised once for all micro-batches of a step. After SwiGLU the layer keeps SwiGLU's
-input instead of its own, and makes its own again.
+A gradient that came in ROW tiles (``payload.py``) is Dgrad's operand as it is, is kept so until W, and goes from ROW
+into COLUMN tiles like x. Everything that W needs is fixed by I, so that it gives the same bits whenever it is run.
+Masters and gradients stay FP32 and are the business of whoever owns them; an owner who says when the parameters change
+gives the layers ``WeightBlocks``, and a weight is quantised once for all micro-batches of a step. After SwiGLU the
+layer keeps SwiGLU's input instead of its own, and makes its own again.
 
 T tokens (rows, R if sorted by expert), D inputs, F outputs, (E,) for experts alone.
 """
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from model.fp8.formats import E4M3, Format
 from model.fp8.gemm import Gemm
+from model.fp8.payload import Handover
 from model.fp8.quantise import Quantised, Scale, Tile, dequantise, quantise, requantise
 from model.linear import WeightGradients
 from model.mlp import swiglu_backward
@@ -87,8 +89,9 @@ class Fp8Products:
         weight: nn.Parameter,
         owner: WeightGradients | None,
         ends_E: Tensor | None,
+        handover: Handover | None = None,
     ) -> Tensor:
-        y: Tensor = _Fp8SwiGLULinear.apply(x, weights_R, weight, owner, ends_E, self)
+        y: Tensor = _Fp8SwiGLULinear.apply(x, weights_R, weight, owner, ends_E, self, handover)
         return y
 
     def operand(self, x_TD: Tensor, again: Recomputation) -> Quantised:
@@ -107,6 +110,10 @@ class Fp8Products:
     def gradient(self, gy_TF: Tensor, ends_E: Tensor | None) -> tuple[Quantised, Quantised]:
         """The output gradient as Dgrad and as Wgrad take it."""
         return self.gemm.rows_and_columns(gy_TF, self.recipe.gradient_scale, ends_E)
+
+    def gradient_columns(self, arrived: Quantised, ends_E: Tensor | None) -> Quantised:
+        """The output gradient as Wgrad takes it, of one that came as Dgrad does."""
+        return requantise(arrived, Tile.COLUMN, self.recipe.gradient_scale, ends_E)
 
     def input_gradient(self, gy: Quantised, weight: nn.Parameter, ends_E: Tensor | None, dtype: torch.dtype) -> Tensor:
         return self.gemm.dgrad(gy, self._blocks(weight), ends_E, dtype)
@@ -176,11 +183,13 @@ class _Fp8SwiGLULinear(torch.autograd.Function):
         owner: WeightGradients | None,
         ends_E: Tensor | None,
         products: Fp8Products,
+        handover: Handover | None,
     ) -> Tensor:
         x_T2D = x.reshape(-1, x.shape[-1])
         kept = quantise(x_T2D, Tile.ROW)
         ctx.save_for_backward(kept.stored, kept.scales, weights_T, weight, ends_E)
         ctx.weight, ctx.owner, ctx.products, ctx.dtype, ctx.shape = weight, owner, products, x.dtype, x.shape
+        ctx.handover = handover
         operand = products.gemm.swiglu_rows(x_T2D, weights_T, products.recipe.input_scale)
         return products.output(operand, weight, ends_E, x.dtype).view(*x.shape[:-1], weight.shape[-2])
 
@@ -188,14 +197,25 @@ class _Fp8SwiGLULinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         stored, scales, weights_T, _, ends_E = ctx.saved_tensors
         products = ctx.products
-        gy_TF = grads[0].reshape(-1, grads[0].shape[-1])
         x_T2D = dequantise(Quantised(stored, scales, Tile.ROW, E4M3, ctx.shape[-1]))
-        rows, gy = products.gradient(gy_TF, ends_E)
+        rows, gradient_columns = _gradient(products, grads[0], ctx.handover, ends_E)
         gswiglu_TD = products.input_gradient(rows, ctx.weight, ends_E, torch.float32)
-        gx_T2D, gweights_T = swiglu_backward(x_T2D, weights_T, gswiglu_TD)
+        gx_T2D, gweights_T = swiglu_backward(x_T2D, weights_T, gswiglu_TD, ctx.dtype)
         columns = products.remade_columns(x_T2D, weights_T, ends_E)
-        gw = _deliver(ctx, ctx.needs_input_grad[2], lambda: products.gemm.wgrad(gy, columns))
-        return gx_T2D.to(ctx.dtype).view(ctx.shape), gweights_T, gw, None, None, None
+        gw = _deliver(ctx, ctx.needs_input_grad[2], lambda: products.gemm.wgrad(gradient_columns(), columns))
+        return gx_T2D.view(ctx.shape), gweights_T, gw, None, None, None, None
+
+
+def _gradient(
+    products: Fp8Products, gy: Tensor, handover: Handover | None, ends_E: Tensor | None
+) -> tuple[Quantised, Callable[[], Quantised]]:
+    """The output gradient as Dgrad takes it, and what gives it as Wgrad does."""
+    if handover is None:
+        rows, columns = products.gradient(gy.reshape(-1, gy.shape[-1]), ends_E)
+        return rows, lambda: columns
+    arrived = handover.take()
+    assert arrived.stored.shape == gy.shape, (arrived.stored.shape, gy.shape)
+    return arrived, lambda: products.gradient_columns(arrived, ends_E)
 
 
 def _deliver(ctx: Any, needed: bool, gradient: Callable[[], Tensor]) -> Tensor | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from model.fp8.assign import recipes
 from model.fp8.gemm import Gemm
 from model.fp8.linear import Fp8Products
+from model.fp8.payload import Handover
 from model.fp8.quantise import Quantised, Tile, dequantise, quantise
 from model.linear import GroupedLinear, Linear, WeightGradients
 from model.mlp import swiglu
@@ -64,8 +65,9 @@ class Probe:
         weight: nn.Parameter,
         owner: WeightGradients | None,
         ends_E: Tensor | None,
+        handover: Handover | None = None,
     ) -> Tensor:
-        assert owner is None
+        assert owner is None and handover is None
         wide_T2D = x.detach().reshape(-1, x.shape[-1])
         weights_T = None if weights_R is None else weights_R.detach()
 

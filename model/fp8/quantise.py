@@ -16,6 +16,7 @@ end of a row or column they are smaller. COLUMN tiles of rows sorted by expert b
 T rows, D columns, E experts, X and Y tiles down and across.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from model.fp8.formats import E4M3, Format, decode, encode, round_to
+from model.kernels import tiles as kernels
 
 SMALLEST_SCALE = 2.0**-126
 SIZE = 128
@@ -86,6 +88,13 @@ def quantise(
     """``x``: [T, D] or [E, T, D] in FP32 or BF16. ``ends_E``: int32, the last T; for COLUMN tiles alone."""
     if ends_E is not None:
         assert tile is Tile.COLUMN and to is E4M3, (tile, to)
+    if x.device.type == "cpu" and x.ndim == 2 and to is E4M3 and tile is not Tile.BLOCK:
+        return _quantise_by_kernel(x, tile, scale, ends_E)
+    return _quantise_by_operators(x, tile, scale, to, ends_E)
+
+
+def _quantise_by_operators(x: Tensor, tile: Tile, scale: Scale, to: Format, ends_E: Tensor | None) -> Quantised:
+    if ends_E is not None:
         return _quantise_groups(x, scale, ends_E)
     *lead, height, width = x.shape
     scales = x.new_empty(*lead, -(-height // tile.value[0]), -(-width // tile.value[1]), dtype=torch.float32)
@@ -101,6 +110,24 @@ def quantise(
             block.mul_(r.unsqueeze(-2).unsqueeze(-1))
         stored[..., rows, :].copy_(encode(part, to))
     return Quantised(stored, scales, tile, to, width)
+
+
+def _quantise_by_kernel(x_TD: Tensor, tile: Tile, scale: Scale, ends_E: Tensor | None) -> Quantised:
+    rounded = scale is Scale.POWER_OF_TWO
+    if tile is Tile.ROW:
+        stored, scales = kernels.rows(x_TD, rounded)
+    else:
+        stored, scales = kernels.columns(x_TD, _column_ends(len(x_TD), ends_E), rounded)
+    return Quantised(stored, scales, tile, E4M3, x_TD.shape[1], ends_E)
+
+
+def _column_ends(rows: int, ends_E: Tensor | None) -> list[int]:
+    """Where COLUMN tiles end."""
+    stops, start = [], 0
+    for stop in [rows] if ends_E is None else ends_E.tolist():
+        stops += [*range(start + SIZE, stop, SIZE), stop] if start < stop else []
+        start = stop
+    return stops
 
 
 def _quantise_groups(x_TD: Tensor, scale: Scale, ends_E: Tensor) -> Quantised:
@@ -123,6 +150,13 @@ def dequantise(q: Quantised) -> Tensor:
     """x̂ in FP32, exact for power-of-two scales and one rounding of the product otherwise."""
     if q.ends_E is not None:
         assert q.tile is Tile.COLUMN, q.tile
+    if q.stored.device.type == "cpu" and q.format is E4M3:
+        return _widen_by_kernel(q)
+    return _dequantise_by_operators(q)
+
+
+def _dequantise_by_operators(q: Quantised) -> Tensor:
+    if q.ends_E is not None:
         _, tile_T = _group_tiles(q.ends_E)
         return decode(q.stored, q.format, q.width).mul_(q.scales.index_select(0, tile_T))
     out = q.scales.new_empty(*q.stored.shape[:-1], q.width)
@@ -132,6 +166,17 @@ def dequantise(q: Quantised) -> Tensor:
         for block, of in _whole_tiles(part, q.scales[..., tiles, :], q.tile):
             block.mul_(of.unsqueeze(-2).unsqueeze(-1))
     return out
+
+
+def _widen_by_kernel(q: Quantised) -> Tensor:
+    down, across = q.tile.value
+    *lead, height, width = q.stored.shape
+    if q.ends_E is None:  # of all experts, one matrix under the other
+        tile_T = kernels.tiles_of_rows(height, down, math.prod(lead))
+    else:
+        tile_T = _group_tiles(q.ends_E)[1].numpy()
+    wide = kernels.widen(q.stored.flatten(0, -2), tile_T, q.scales.flatten(0, -2), across)
+    return wide.view(*lead, height, width)
 
 
 def requantise(q: Quantised, tile: Tile, scale: Scale, ends_E: Tensor | None = None) -> Quantised:

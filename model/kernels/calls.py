@@ -11,6 +11,7 @@ from torch import Tensor
 
 PART_ELEMENTS = 1 << 16
 """No thread is woken for less."""
+_AS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}
 
 
 def serves(x: Tensor) -> bool:
@@ -19,8 +20,9 @@ def serves(x: Tensor) -> bool:
 
 
 def array(x: Tensor) -> np.ndarray:
-    """The memory of a contiguous tensor, BF16 as int16."""
-    return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
+    """The memory of a contiguous tensor, BF16 as int16 and E4M3 as uint8."""
+    x = x.detach() if x.requires_grad else x
+    return (x.view(_AS[x.dtype]) if x.dtype in _AS else x).numpy()
 
 
 def by_rows(rows: int, width: int, run: Callable[[int, int], None]) -> None:

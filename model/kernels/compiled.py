@@ -13,31 +13,41 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 ONE = np.float32(1)
 LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 ROUNDER = np.float32(1.5 * 2.0**23)
 """Added and taken away again, it rounds a small FP32 number to a whole one."""
+TILE = 128
+E4M3_LARGEST, SMALLEST_SCALE = np.float32(448), np.float32(2.0**-126)
+SUBNORMAL_ROUNDER = np.float32(2.0**14)
+"""Added, it rounds a number below 2^-6 to multiples of 2^-9, which are then the last bits."""
 
-helper = numba.njit(fastmath={"contract"}, error_model="numpy")
+EXACT: set[str] = set()
+"""Every operation rounds as written."""
+FUSED = {"contract"}
+"""A product may be fused with the sum that follows."""
+SUMS = {"contract", "reassoc", "nsz"}
+"""And a loop may add in the order that its vectors want."""
+
+helper = numba.njit(fastmath=FUSED, error_model="numpy")
 """A function that kernels call. It keeps the order of its sums whatever the kernel may do with its own."""
+exact_helper = numba.njit(error_model="numpy")
 
 
-def kernel(signature: str, sums: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Compile for this CPU, once for each machine: the code is kept beside the source, or in the user's cache. A
-    product may be fused with the sum that follows; ``sums``: a loop may add in the order that its vectors want."""
-    allowed = {"contract", "reassoc", "nsz"} if sums else {"contract"}
-    options: dict[str, Any] = {"nogil": True, "fastmath": allowed, "error_model": "numpy"}
+def kernel(*signatures: str, may: set[str] = FUSED) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Compile for this CPU, once for each machine: the code is kept beside the source, or in the user's cache."""
+    options: dict[str, Any] = {"nogil": True, "fastmath": may or False, "error_model": "numpy"}
 
     def compiled(function: Callable[..., None]) -> Callable[..., None]:
         try:
-            return numba.njit(signature, cache=True, **options)(function)
+            return numba.njit(list(signatures), cache=True, **options)(function)
         except RuntimeError as error:
             if "cache" not in str(error):
                 raise
-            return numba.njit(signature, **options)(function)  # no folder to write to: compile in each process
+            return numba.njit(list(signatures), **options)(function)  # no folder to write to: compile in each process
 
     return compiled
 
@@ -69,6 +79,24 @@ def narrow(x: np.float32) -> np.int16:
     return np.int16(rounded) if x == x else np.int16(0x7FC0)
 
 
+def load(number):
+    """An element of an array in FP32 or BF16 -> FP32."""
+
+
+@overload(load)
+def _load(number):
+    return (lambda number: wide(number)) if number == types.int16 else lambda number: number
+
+
+def rounded(x, like):
+    """FP32 -> what an array with such elements stores."""
+
+
+@overload(rounded)
+def _rounded(x, like):
+    return (lambda x, like: narrow(x)) if like == types.int16 else lambda x, like: x
+
+
 @helper
 def exp(x: np.float32) -> np.float32:
     """e^x within 1e-7 relative, held at e^-87 and e^88: e^x = 2^n e^r, n whole, |r| <= ln 2 / 2, and e^r by the
@@ -87,22 +115,54 @@ def exp(x: np.float32) -> np.float32:
 
 
 @helper
-def _turn(a: np.float32, b: np.float32, cosine: np.float32, sine: np.float32) -> tuple[np.float32, np.float32]:
-    return a * cosine - b * sine, a * sine + b * cosine
+def widened(x, y):
+    for i in range(len(y)):
+        y[i] = wide(x[i])
 
 
-@kernel("void(int16[:,::1], float32[::1], int16[:,::1])")
+@helper
+def narrowed(x, y):
+    for i in range(len(y)):
+        y[i] = narrow(x[i])
+
+
+@helper
+def turned(x, turn, y):
+    """Pairs of BF16, each turned and rounded to BF16, in FP32; ``turn`` has a cosine and a sine for each."""
+    for p in range(len(turn)):
+        a, b = wide(x[2 * p]), wide(x[2 * p + 1])
+        y[2 * p] = wide(narrow(a * turn[p, 0] - b * turn[p, 1]))
+        y[2 * p + 1] = wide(narrow(a * turn[p, 1] + b * turn[p, 0]))
+
+
+@helper
+def turned_back(x, turn, y):
+    """Pairs of FP32, turned the other way, in BF16."""
+    for p in range(len(turn)):
+        a, b = x[2 * p], x[2 * p + 1]
+        y[2 * p] = narrow(a * turn[p, 0] + b * turn[p, 1])
+        y[2 * p + 1] = narrow(b * turn[p, 0] - a * turn[p, 1])
+
+
+@kernel(
+    "void(int16[:,::1], float32[::1], int16[:,::1])",
+    "void(float32[:,::1], float32[::1], float32[:,::1])",
+)
 def swiglu_forward(x_T2F, weights_T, y_TF):
     rows, width = y_TF.shape
     weighted = len(weights_T) > 0
     for t in range(rows):
         weight = weights_T[t] if weighted else ONE
         for f in range(width):
-            gate, up = wide(x_T2F[t, f]), wide(x_T2F[t, width + f])
-            y_TF[t, f] = narrow(gate / (ONE + exp(-gate)) * up * weight)
+            gate, up = load(x_T2F[t, f]), load(x_T2F[t, width + f])
+            y_TF[t, f] = rounded(gate / (ONE + exp(-gate)) * up * weight, y_TF[t, f])
 
 
-@kernel("void(int16[:,::1], float32[::1], int16[:,::1], int16[:,::1], float32[::1])", sums=True)
+@kernel(
+    "void(int16[:,::1], float32[::1], int16[:,::1], int16[:,::1], float32[::1])",
+    "void(float32[:,::1], float32[::1], float32[:,::1], int16[:,::1], float32[::1])",
+    may=SUMS,
+)
 def swiglu_backward(x_T2F, weights_T, gy_TF, gx_T2F, gweights_T):
     rows, width = gy_TF.shape
     weighted = len(weights_T) > 0
@@ -110,7 +170,7 @@ def swiglu_backward(x_T2F, weights_T, gy_TF, gx_T2F, gweights_T):
         weight = weights_T[t] if weighted else ONE
         gweight = np.float32(0)
         for f in range(width):
-            gate, up, gy = wide(x_T2F[t, f]), wide(x_T2F[t, width + f]), wide(gy_TF[t, f])
+            gate, up, gy = load(x_T2F[t, f]), load(x_T2F[t, width + f]), load(gy_TF[t, f])
             sigmoid = ONE / (ONE + exp(-gate))
             silu = gate * sigmoid
             gweight += silu * (gy * up)
@@ -120,7 +180,7 @@ def swiglu_backward(x_T2F, weights_T, gy_TF, gx_T2F, gweights_T):
             gweights_T[t] = gweight
 
 
-@kernel("void(int16[:,::1], float32[::1], float32, int16[:,::1], float32[::1])", sums=True)
+@kernel("void(int16[:,::1], float32[::1], float32, int16[:,::1], float32[::1])", may=SUMS)
 def norm_forward(x_TD, weight_D, eps, y_TD, scale_T):
     rows, width = x_TD.shape
     for t in range(rows):
@@ -133,7 +193,7 @@ def norm_forward(x_TD, weight_D, eps, y_TD, scale_T):
         scale_T[t] = scale
 
 
-@kernel("void(int16[:,::1], float32[::1], float32[::1], int16[:,::1], int16[:,::1], float32[::1])", sums=True)
+@kernel("void(int16[:,::1], float32[::1], float32[::1], int16[:,::1], int16[:,::1], float32[::1])", may=SUMS)
 def norm_backward(x_TD, weight_D, scale_T, gy_TD, gx_TD, gweight_D):
     """gx = scale · (gy w - x · scale² · mean(gy w x)), gw += sum over rows of gy x · scale."""
     rows, width = x_TD.shape
@@ -154,28 +214,17 @@ def norm_backward(x_TD, weight_D, scale_T, gy_TD, gx_TD, gweight_D):
 )
 def core_inputs_forward(query_THK, keys_values_THX, rope_TR, turns, first, nope, q_THK, k_THK, v_THW):
     tokens, heads, width = query_THK.shape
-    values = keys_values_THX.shape[2] - nope
-    rope = np.empty(width - nope, np.float32)
+    values, rope = keys_values_THX.shape[2] - nope, np.empty(width - nope, np.float32)
     for t in range(tokens):
-        place = (first + t) % len(turns)
-        for p in range((width - nope) // 2):
-            a, b = _turn(wide(rope_TR[t, 2 * p]), wide(rope_TR[t, 2 * p + 1]), turns[place, p, 0], turns[place, p, 1])
-            rope[2 * p], rope[2 * p + 1] = wide(narrow(a)), wide(narrow(b))
+        turn = turns[(first + t) % len(turns)]
+        turned(rope_TR[t], turn, rope)
         for h in range(heads):
-            for i in range(nope):
-                q_THK[t, h, i] = wide(query_THK[t, h, i])
-            for i in range(nope):
-                k_THK[t, h, i] = wide(keys_values_THX[t, h, i])
-            for p in range((width - nope) // 2):
-                i, cosine, sine = nope + 2 * p, turns[place, p, 0], turns[place, p, 1]
-                a, b = _turn(wide(query_THK[t, h, i]), wide(query_THK[t, h, i + 1]), cosine, sine)
-                q_THK[t, h, i], q_THK[t, h, i + 1] = wide(narrow(a)), wide(narrow(b))
-            for i in range(width - nope):
-                k_THK[t, h, nope + i] = rope[i]
-            for i in range(values):
-                v_THW[t, h, i] = wide(keys_values_THX[t, h, nope + i])
-            for i in range(values, v_THW.shape[2]):
-                v_THW[t, h, i] = np.float32(0)
+            widened(query_THK[t, h, :nope], q_THK[t, h, :nope])
+            widened(keys_values_THX[t, h, :nope], k_THK[t, h, :nope])
+            turned(query_THK[t, h, nope:], turn, q_THK[t, h, nope:])
+            k_THK[t, h, nope:] = rope
+            widened(keys_values_THX[t, h, nope:], v_THW[t, h, :values])
+            v_THW[t, h, values:] = 0
 
 
 @kernel(
@@ -184,22 +233,118 @@ def core_inputs_forward(query_THK, keys_values_THX, rope_TR, turns, first, nope,
 )
 def core_inputs_backward(gq_THK, gk_THK, gv_THW, turns, first, nope, gquery_THK, gkeys_values_THX, grope_TR):
     tokens, heads, width = gq_THK.shape
-    values = gkeys_values_THX.shape[2] - nope
+    values, total = gkeys_values_THX.shape[2] - nope, np.empty(width - nope, np.float32)
     for t in range(tokens):
-        place = (first + t) % len(turns)
-        for p in range((width - nope) // 2):
-            i, cosine, sine = nope + 2 * p, turns[place, p, 0], -turns[place, p, 1]
-            a_sum, b_sum = np.float32(0), np.float32(0)
-            for h in range(heads):
-                a, b = _turn(gq_THK[t, h, i], gq_THK[t, h, i + 1], cosine, sine)
-                gquery_THK[t, h, i], gquery_THK[t, h, i + 1] = narrow(a), narrow(b)
-                a_sum += gk_THK[t, h, i]
-                b_sum += gk_THK[t, h, i + 1]
-            a, b = _turn(a_sum, b_sum, cosine, sine)
-            grope_TR[t, 2 * p], grope_TR[t, 2 * p + 1] = narrow(a), narrow(b)
+        turn = turns[(first + t) % len(turns)]
+        total[:] = 0
         for h in range(heads):
-            for i in range(nope):
-                gquery_THK[t, h, i] = narrow(gq_THK[t, h, i])
-                gkeys_values_THX[t, h, i] = narrow(gk_THK[t, h, i])
-            for i in range(values):
-                gkeys_values_THX[t, h, nope + i] = narrow(gv_THW[t, h, i])
+            narrowed(gq_THK[t, h, :nope], gquery_THK[t, h, :nope])
+            narrowed(gk_THK[t, h, :nope], gkeys_values_THX[t, h, :nope])
+            narrowed(gv_THW[t, h, :values], gkeys_values_THX[t, h, nope:])
+            turned_back(gq_THK[t, h, nope:], turn, gquery_THK[t, h, nope:])
+            gk = gk_THK[t, h, nope:]
+            for r in range(len(gk)):
+                total[r] += gk[r]
+        turned_back(total, turn, grope_TR[t])
+
+
+@exact_helper
+def magnitude(x: np.float32) -> np.uint32:
+    """The bits of |x|, in whose order numbers, infinity and NaN follow each other."""
+    return as_bits(x) & np.uint32(0x7FFFFFFF)
+
+
+@exact_helper
+def tile_scale(largest: np.uint32, power_of_two: bool) -> np.float32:
+    """``model.fp8.quantise.scale_of`` of a tile in E4M3; the bits of the largest magnitude."""
+    amax = as_float(largest)
+    scale = max(amax / E4M3_LARGEST, SMALLEST_SCALE)
+    if power_of_two:
+        scale = as_float((as_bits(scale) + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000))
+    return scale + (amax - amax)
+
+
+@exact_helper
+def e4m3(x: np.float32) -> np.uint8:
+    """The code of the nearest number, ties to even: |x| up to 448 and its rounding, or NaN."""
+    bits, sign = magnitude(x), (as_bits(x) >> np.uint32(24)) & np.uint32(0x80)
+    odd = (bits >> np.uint32(20)) & np.uint32(1)
+    normal = ((bits + np.uint32(0x7FFFF) + odd) >> np.uint32(20)) - np.uint32(120 << 3)
+    subnormal = as_bits(as_float(bits) + SUBNORMAL_ROUNDER) - as_bits(SUBNORMAL_ROUNDER)
+    code = subnormal if bits < np.uint32(121 << 23) else normal
+    code = np.uint32(0x7F) if bits > np.uint32(0x7F800000) else code
+    return np.uint8(code | sign)
+
+
+@exact_helper
+def from_e4m3(code: np.uint8) -> np.float32:
+    """The number; 480 for NaN, which a tile keeps in its scale."""
+    bits = np.uint32(code) & np.uint32(0x7F)
+    normal = as_float((bits << np.uint32(20)) + np.uint32(120 << 23))
+    number = np.float32(np.int32(bits)) * np.float32(2.0**-9) if bits < np.uint32(8) else normal
+    return as_float(as_bits(number) | ((np.uint32(code) & np.uint32(0x80)) << np.uint32(24)))
+
+
+@kernel(
+    "void(int16[:,::1], boolean, uint8[:,::1], float32[:,::1])",
+    "void(float32[:,::1], boolean, uint8[:,::1], float32[:,::1])",
+    may=EXACT,
+)
+def quantise_rows(x_TD, power_of_two, stored_TD, scales_TY):
+    """In tiles of 1 x 128."""
+    rows, width = x_TD.shape
+    for t in range(rows):
+        for tile in range(scales_TY.shape[1]):
+            start, stop = tile * TILE, min((tile + 1) * TILE, width)
+            x, stored, largest = x_TD[t, start:stop], stored_TD[t, start:stop], np.uint32(0)
+            for d in range(len(x)):
+                largest = max(largest, magnitude(load(x[d])))
+            scale = tile_scale(largest, power_of_two)
+            inverse = ONE / scale
+            for d in range(len(x)):
+                stored[d] = e4m3(load(x[d]) * inverse)
+            scales_TY[t, tile] = scale
+
+
+@kernel(
+    "void(int16[:,::1], int64[::1], int64[::1], boolean, uint8[:,::1], float32[:,::1])",
+    "void(float32[:,::1], int64[::1], int64[::1], boolean, uint8[:,::1], float32[:,::1])",
+    may=EXACT,
+)
+def quantise_columns(x_TD, start_X, stop_X, power_of_two, stored_TD, scales_XD):
+    """In tiles of one column and the rows from ``start_X`` to ``stop_X``."""
+    width = x_TD.shape[1]
+    largest, inverse = np.empty(width, np.uint32), np.empty(width, np.float32)
+    for tile in range(len(start_X)):
+        largest[:] = 0
+        for t in range(start_X[tile], stop_X[tile]):
+            for d in range(width):
+                largest[d] = max(largest[d], magnitude(load(x_TD[t, d])))
+        for d in range(width):
+            scales_XD[tile, d] = tile_scale(largest[d], power_of_two)
+            inverse[d] = ONE / scales_XD[tile, d]
+        for t in range(start_X[tile], stop_X[tile]):
+            for d in range(width):
+                stored_TD[t, d] = e4m3(load(x_TD[t, d]) * inverse[d])
+
+
+@kernel("void(uint8[:,::1], int64[::1], float32[:,::1], float32[:,::1])", may=EXACT)
+def widen_rows(stored_TD, tile_T, scales_XY, x_TD):
+    """From tiles 128 columns wide; ``tile_T``: the row of tiles in which each row is."""
+    rows, width = x_TD.shape
+    for t in range(rows):
+        for tile in range(scales_XY.shape[1]):
+            start, stop, scale = tile * TILE, min((tile + 1) * TILE, width), scales_XY[tile_T[t], tile]
+            stored, x = stored_TD[t, start:stop], x_TD[t, start:stop]
+            for d in range(len(x)):
+                x[d] = from_e4m3(stored[d]) * scale
+
+
+@kernel("void(uint8[:,::1], int64[::1], float32[:,::1], float32[:,::1])", may=EXACT)
+def widen_columns(stored_TD, tile_T, scales_XD, x_TD):
+    """From tiles one column wide."""
+    rows, width = x_TD.shape
+    for t in range(rows):
+        tile = tile_T[t]
+        for d in range(width):
+            x_TD[t, d] = from_e4m3(stored_TD[t, d]) * scales_XD[tile, d]

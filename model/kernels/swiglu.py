@@ -12,7 +12,7 @@ from model.kernels.compiled import swiglu_backward, swiglu_forward
 
 
 def forward(x: Tensor, weights_T: Tensor | None) -> Tensor:
-    """[..., 2F] -> [..., F], BF16."""
+    """[..., 2F] -> [..., F] in the dtype of ``x``, BF16 or FP32."""
     width = x.shape[-1] // 2
     y = x.new_empty(*x.shape[:-1], width)
     x_T2F, weights, y_TF = array(x.contiguous().view(-1, 2 * width)), _weights(weights_T), array(y.view(-1, width))
@@ -21,8 +21,8 @@ def forward(x: Tensor, weights_T: Tensor | None) -> Tensor:
 
 
 def backward(x: Tensor, weights_T: Tensor | None, gy: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the input, BF16, and of the gate values, FP32."""
-    width, gx = gy.shape[-1], torch.empty_like(x, memory_format=torch.contiguous_format)
+    """Gradients of the input, BF16, and of the gate values, FP32; ``x`` and ``gy`` in BF16 or both in FP32."""
+    width, gx = gy.shape[-1], torch.empty(x.shape, dtype=torch.bfloat16)
     gweights_T = None if weights_T is None else torch.empty_like(weights_T)
     x_T2F, gx_T2F = array(x.contiguous().view(-1, 2 * width)), array(gx.view(-1, 2 * width))
     gy_TF, weights, gweights = array(gy.contiguous().view(-1, width)), _weights(weights_T), _weights(gweights_T)

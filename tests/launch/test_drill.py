@@ -264,7 +264,7 @@ def test_a_verdict_names_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monke
 def _events(tmp_path: Path, *events: dict[str, object]) -> Evidence:
     whole = _evidence(tmp_path)
     whole.folder.events.path.unlink()
-    for event in ({"event": "start", "world_size": 4}, *events):
+    for event in ({"event": "start", "world_size": 4, "layout": {"data": 2}}, *events):
         whole.folder.events.write(**event)
     return whole
 
@@ -282,16 +282,39 @@ def test_of_faults_in_succession_each_has_to_be_named(tmp_path: Path, monkeypatc
     assert at_once.passed, "of two at once the launcher sees one end first"
 
 
-@pytest.mark.parametrize(("name", "place"), [("lose-node", 1), ("lose-node-store", 0)])
-def test_a_lost_node_has_to_be_named(name: str, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "place", "what"),
+    [("lose-node", 1, "was lost"), ("lose-node-store", 0, "was lost"), ("partition", 1, "was cut off")],
+)
+def test_a_lost_node_has_to_be_named(
+    name: str, place: int, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(verdict, "ending", lambda folder: GOOD)
-    lost = {"event": "failure", "rank": None, "node": place, "cause": f"node {place} (host) was lost", "step": 5}
+    lost = {"event": "failure", "rank": None, "node": place, "cause": f"node {place} (host) {what}", "step": 5}
     resume = {"event": "resume", "step": 5}
     good = judge(SCENARIOS[name], _events(tmp_path, lost, resume), GOOD)
     assert good.passed and good.culprit == lost["cause"]
     for wrong in ({"node": 1 - place}, {"rank": 3 * place, "cause": "rank 3 was ended by SIGKILL"}):
         found = judge(SCENARIOS[name], _events(tmp_path, {**lost, **wrong}, resume), GOOD)
         assert found.problems == ["the culprit was not named"]
+
+
+def test_a_run_that_was_to_shrink_has_to_and_to_grow_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdict, "ending", lambda folder: GOOD)
+    whole, half = ({"layout": {"data": data}, "world_size": 2 * data} for data in (2, 1))
+    lost = {"event": "failure", "rank": None, "node": 1, "cause": "node 1 (host) was lost", "step": 3}
+    smaller = [{"event": "start", **half}, {"event": "resume", "step": 2}]
+    grown = [{"event": "start", **whole}, {"event": "resume", "step": 6}]
+    for events, problems in (
+        ([lost, *smaller, *grown], []),
+        ([lost, *smaller], ["it never trained with all nodes again"]),
+        ([lost, {"event": "resume", "step": 2}], ["it never trained with fewer nodes"]),
+    ):
+        evidence = _events(tmp_path, *events)
+        assert judge(SCENARIOS["shrink"], evidence, GOOD).problems == problems
+    evidence = _events(tmp_path, lost, {"event": "start", **half}, *smaller, *grown)
+    taken = [layout["data"] for layout in drive.layouts(evidence.folder).values()]
+    assert taken == [2, 2, 1, 1, 1, 1, 2, 2], "as the steps that count were taken, and no others"
 
 
 def test_a_slow_rank_has_to_be_named_alone_and_the_run_to_go_on(

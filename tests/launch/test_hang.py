@@ -4,6 +4,7 @@ import json
 import os
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,10 +18,25 @@ from launch.hang import (
     Readings,
     Watch,
 )
+from launch.nodes import stuck
 from parallel.activity import COMPUTING, Activity
 
 LOOK_SECONDS = 0.05
 RANKS = 3
+
+
+class Node:
+    """A launcher of several, through what the roster holds."""
+
+    def __init__(self, ranks: range = range(RANKS)) -> None:
+        self.ranks, self.told = ranks, ""
+        self.other: Node | None = None
+
+    def tell_stuck(self, readings: Readings | None) -> None:
+        self.told = "" if readings is None else stuck.pack(3, readings)
+
+    def stuck_elsewhere(self) -> Readings | None:
+        return None if self.other is None else stuck.merge(3, [self.other.told])
 
 
 def record(beat: int, step: int = 7, operation: str = "dispatch", **changes: Any) -> dict[str, Any]:
@@ -86,11 +102,47 @@ def test_where_part_of_the_job_is_seen_only_who_is_here_for_sure_is_named() -> N
     def computing(beat: int) -> Readings:
         return everyone(beat) | {0: record(beat, pid=100, operation=COMPUTING, seconds=0.1 * beat)}
 
-    assert watched(60, everyone, watch=Watch(10.0, whole=False)) is None, "they wait for a rank of another node"
-    found = watched(10, stopped, watch=Watch(10.0, whole=False))
+    assert watched(60, everyone, watch=Watch(10.0, Node())) is None, "they wait for a rank of another node"
+    found = watched(10, stopped, watch=Watch(10.0, Node()))
     assert found is not None and found[0] < 2.3 and found[1].processes == {2: 102}
-    found = watched(10, computing, watch=Watch(10.0, whole=False))
+    found = watched(10, computing, watch=Watch(10.0, Node()))
     assert found is not None and found[0] > 2.0 + ELSEWHERE_SECONDS and found[1].processes == {0: 100}
+
+
+@pytest.mark.parametrize("culprit", range(4))
+def test_where_all_wait_the_launcher_of_the_rank_to_blame_ends_it_and_no_other_does(culprit: int) -> None:
+    nodes = Node(range(2)), Node(range(2, 4))
+    for node, other in (nodes, nodes[::-1]):
+        node.other = other
+    watches = [Watch(10.0, node) for node in nodes]
+
+    def readings(beat: int) -> Readings:
+        others = [rank for rank in range(4) if rank != culprit]
+        left_out = record(beat, pid=100 + culprit, operation="dispatch", peers=others[:1])
+        gather = {rank: record(beat, pid=100 + rank, operation="gather", peers=[culprit]) for rank in others}
+        return {rank: gather.get(rank, left_out) for rank in range(4)}
+
+    found: dict[int, Hang] = {}
+    for look in range(100):
+        seen = readings(int(10 * LOOK_SECONDS * look))
+        for number, (node, watch) in enumerate(zip(nodes, watches, strict=True)):
+            hang = watch.look(LOOK_SECONDS * look, {rank: seen[rank] for rank in node.ranks})
+            if hang is not None:
+                found.setdefault(number, hang)
+    ((number, hang),) = found.items()
+    assert number == culprit // 2 and hang.processes == {culprit: 100 + culprit}
+    assert hang.words.startswith(f"rank {culprit} left out what others wait for: 3 ranks wait in gather")
+
+
+def test_ranks_that_wait_are_not_to_blame_while_any_elsewhere_comes_further() -> None:
+    here, there = Node(range(2)), Node(range(2, 4))
+    here.other, there.other = there, here
+    watches = Watch(10.0, here), Watch(10.0, there)
+    for look in range(1000):
+        now, beat = LOOK_SECONDS * look, int(10 * LOOK_SECONDS * look)
+        assert watches[0].look(now, {rank: record(beat, pid=rank) for rank in here.ranks}) is None
+        busy = {2: record(beat, pid=2, operation=COMPUTING, turns=beat // 15), 3: record(beat, pid=3)}
+        assert watches[1].look(now, busy) is None
 
 
 def test_nobody_is_spared_when_all_wait_for_each_other() -> None:
@@ -131,16 +183,19 @@ def test_a_watch_that_was_stopped_with_the_ranks_blames_nobody() -> None:
 
 def test_the_board_has_what_a_rank_does() -> None:
     with Board(2) as board:
-        assert board.read() is None, "nobody has written yet"
+        assert board.read(range(2)) is None, "nobody has written yet"
         first, second = Activity(0), Activity(1)
         for rank, activity in enumerate((first, second)):
             BoardRecord(board.path, rank).write(json.dumps(activity.record(1)))
         second.computes("F1.0")
         with second.in_step(5), second.waiting("dispatch", range(1000)):
             BoardRecord(board.path, 1).write(json.dumps(second.record(2)))
-        readings = board.read()
+        readings = board.read(range(2))
         assert readings is not None
         assert readings[0]["operation"] == COMPUTING and not readings[0]["stepping"]
         assert (readings[1]["operation"], readings[1]["turns"], readings[1]["step"]) == ("dispatch", 1, 5)
         assert readings[1]["stepping"] and readings[1]["pid"] == os.getpid()
-        assert board.watched(10.0)(0.0) is None and board.read() is None, "cleared for the next attempt"
+        assert list(board.read(range(6, 7)) or ()) == [6], "a smaller layout has fewer ranks on a node"
+        assert board.watched(10.0, range(2))(0.0) is None and board.read(range(2)) is None, (
+            "cleared for the next attempt"
+        )

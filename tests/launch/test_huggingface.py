@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import evaluate, export_hf
-from launch.config import load
+from launch.config import ConfigError, PrecisionConfig, load
 from launch.data import open_dataset
 from launch.model_folder import load_model, open_run
 from launch.run_folder import ORIGIN, RunFolder
@@ -170,10 +171,15 @@ def test_overrides_are_those_of_the_run(theirs: Path, tmp_path: Path, text: Path
     assert run.config.model.yarn_factor == 4 and run.config.train.seed == 9
     assert run.config.run.dir == str(tmp_path / "run")
     assert (run.config.optimizer.warmup_steps, run.config.checkpoint.every) == (10, 25), "of the 100 steps of the run"
-    own = ["train.steps=7", "optimizer.warmup_steps=3", "checkpoint.every=0"]
+    own = ["train.steps=7", "optimizer.warmup_steps=3", "checkpoint.every=0", "precision.compute=fp8"]
     assert import_model(theirs, tmp_path / "own", text, *own) == 0
     config = load(tmp_path / "own" / "config.yaml")
     assert (config.optimizer.warmup_steps, config.checkpoint.every) == (3, 0)
+    fingerprint = open_dataset(config).fingerprint
+    assert RunFolder(config).changes(config, fingerprint) == []
+    wider = replace(config, precision=PrecisionConfig("bf16"))
+    with pytest.raises(ConfigError, match="run has 'fp8', given 'bf16', which must stay: 'dualpipe export' and"):
+        RunFolder(wider).changes(wider, fingerprint)
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, kind: Any, method: str, calls: int) -> None:

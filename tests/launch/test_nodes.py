@@ -17,8 +17,11 @@ ENDLESS = [
     "layout.pipeline=1",
     "train.threads=1",
     "train.steps=100000",
-    "checkpoint.every=0",
-    "recovery.max_restarts=3",
+    "checkpoint.every=5",
+    "recovery.max_restarts=20",
+    "recovery.replicate_every=1",
+    "recovery.on_node_loss=shrink",
+    "--nnodes=2:3",
 ]
 PATIENCE = 500
 """Seconds that a busy machine may take for what takes a few on an idle one."""
@@ -53,15 +56,16 @@ def recovered(run: Path, **failure: Any) -> tuple[dict[str, Any], dict[str, Any]
 @pytest.fixture
 def nodes(config: Path, start: Start) -> Iterator[list[subprocess.Popen[str]]]:
     """Three launchers, of which two train."""
-    words = [*ENDLESS, "recovery.max_restarts=20", "recovery.replicate_every=1", "--nnodes", "2:3"]
-    processes = [start(config, *words) for _ in range(3)]
-    yield list(processes)
+    processes = [start(config, *ENDLESS) for _ in range(3)]
+    yield processes
     for process in processes:  # their ranks go with them
         process.kill()
         process.communicate()
 
 
-def test_killed_ranks_lost_nodes_and_a_wish_to_stop(nodes: list[subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_killed_ranks_lost_nodes_one_that_returns_and_a_wish_to_stop(
+    nodes: list[subprocess.Popen[str]], config: Path, start: Start, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     wait_for(lambda: len(entries(run)) >= 3, PATIENCE)
     everyone = [process for node in nodes for process in descendants(node)]
@@ -78,8 +82,23 @@ def test_killed_ranks_lost_nodes_and_a_wish_to_stop(nodes: list[subprocess.Popen
     assert " was lost: nothing was heard of it for " in failure["cause"]
     assert resume["source"] == "memory" and resume["from_peers"] == [0] and resume["step"] >= failure["step"] - 1
 
-    everyone += [process for node in nodes if node is not lost for process in descendants(node)]
     nodes.remove(lost)
+    wait_for(lambda: bool(events(run, "checkpoint")), PATIENCE)
+    lost = placed(run, nodes, 1)
+    kill_node(lost)
+    nodes.remove(lost)
+    _, resume = recovered(run, rank=None, node=1)
+    assert resume["source"] == "checkpoint", "memory has the layout of two nodes"
+    assert [event["world_size"] for event in events(run, "start")][-1] == 1, "no spare was left"
+
+    nodes.append(start(config, *ENDLESS))
+    wait_for(lambda: any("there, and 1 trained" in event["cause"] for event in events(run, "recovery")), PATIENCE)
+    since = events(run, "regroup", "start", "resume")
+    (at,) = [number for number, event in enumerate(since) if event["event"] == "regroup"]
+    assert since[at]["cause"] == "2 nodes are there, and 1 trained"
+    assert since[at + 1]["world_size"] == 2 and since[at + 2]["step"] == since[at]["step"], "no step was lost"
+
+    everyone += [process for node in nodes for process in descendants(node)]
     nodes[0].send_signal(signal.SIGTERM)
     said = [node.communicate(timeout=PATIENCE) for node in nodes]
     assert [node.returncode for node in nodes] == [143, 143], said

@@ -24,7 +24,9 @@ from tests.launch.test_config import MINIMAL, loads
         ("optimizer.learning_rate=1e-5", False),
         ("checkpoint.every=1", False),
         ("train.micro_batch_size=2", False),
-        ("precision.compute=fp8", False),
+        ("precision.compute=fp8", True),
+        ("precision.compute=fp32", True),
+        ("precision.backend=reference", False),
     ],
 )
 def test_a_resumed_run_keeps_its_model_seed_and_data(tmp_path: Path, override: str, fixed: bool) -> None:

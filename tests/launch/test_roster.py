@@ -3,7 +3,7 @@
 import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,9 +24,9 @@ TWO_TRAIN = [("join", "a"), ("join", "b"), ("ready", "a"), ("ready", "b")]
 ONE_AND_A_SPARE = NodeCount(1, 2)
 
 
-def begun(count: NodeCount = COUNT, max_restarts: int = 1000) -> Roster:
+def begun(count: NodeCount = COUNT, max_restarts: int = 1000, sizes: Sequence[int] = ()) -> Roster:
     roster = Roster()
-    roster.begin("job", count, max_restarts)
+    roster.begin("job", count, sizes or [count.needed], max_restarts)
     return roster
 
 
@@ -60,6 +60,43 @@ def test_places_are_kept_and_attempts_end_once(changes: list[tuple[str, str]]) -
         if roster.running:
             assert places == [0, 1] and all(roster.members[n].ready == roster.attempt for n in roster.placed())
     assert attempts == sorted(set(attempts)), "each attempt ended once"
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["join", "ready", "lose", "end", "regroup"]), st.sampled_from("abcde"))),
+    st.sets(st.integers(1, 2)),
+)
+def test_a_run_that_may_shrink_never_waits_for_nodes_that_it_can_do_without(
+    changes: list[tuple[str, str]], smaller: set[int]
+) -> None:
+    sizes = sorted({3, *smaller}, reverse=True)
+    roster = begun(NodeCount(3, 5), sizes=sizes)
+    for change, name in [*(("join", n) for n in "abc"), *(("ready", n) for n in "abc"), *changes]:
+        before = Roster.from_dict(json.loads(json.dumps(roster.as_dict())))
+        known = name in roster.members
+        if change == "join" and not known:
+            roster.join(name, "host")
+        elif change == "ready" and known:
+            roster.be_ready(name)
+        elif change == "lose" and known:
+            roster.remove(name, "gone")
+        elif change in ("end", "regroup") and known:
+            planned = change == "regroup"
+            roster.end(Ending(roster.attempt, 0, "host", 0, "died", True, planned=planned))
+            assert roster.restarts == before.restarts + (before.running and not planned)
+        places = [roster.members[name].place for name in roster.placed()]
+        assert places == sorted(set(places)) and set(places) <= set(range(roster.places)) and roster.places in sizes
+        hold = max((size for size in sizes if size <= len(roster.members)), default=0)
+        if before.running and roster.running:
+            assert roster.places == before.places, "an attempt keeps its size"
+            ready = [m for m in roster.members.values() if m.place is not None or m.ready == roster.attempt]
+            assert roster.growing == any(roster.places < size <= len(ready) for size in sizes)
+        elif not roster.running and roster.attempt > roster.first:
+            assert roster.places == hold or (hold == 0 and len(places) < roster.places), "the most that can be filled"
+            if hold:
+                assert any(roster.members[name].ready < roster.attempt for name in roster.placed())
+        elif not roster.running:
+            assert roster.places == 3, "the first attempt waits for all"
 
 
 def test_restarts_are_counted_and_what_cannot_be_mended_ends_all() -> None:
@@ -111,7 +148,7 @@ def join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Membe
     monkeypatch.setattr(members, "BEAT_SECONDS", 0.02)
 
     def make(job: str = "job", count: NodeCount = ONE_AND_A_SPARE) -> Member:
-        return Member(RosterFile(tmp_path / "nodes"), (job, count, 3), lambda ending: None)
+        return Member(RosterFile(tmp_path / "nodes"), (job, count, [count.needed], 3), lambda ending: None)
 
     return make
 

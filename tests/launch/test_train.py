@@ -125,7 +125,7 @@ def test_resuming_changes_what_may_change_and_records_it(config: Path, tmp_path:
     changed = [event for event in starts if event["event"] == "start"][-1]["changed"]
     assert any(line.startswith("layout.pipeline") for line in changed)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    for override in ("model.hidden_size=64", "train.seed=2", "data.validation_fraction=0.2"):
+    for override in ("model.hidden_size=64", "train.seed=2", "precision.compute=fp32"):
         refused = train(config, "train.steps=6", override)
         assert refused.returncode == 2
         assert override.partition("=")[0] in refused.stderr and len(refused.stderr.splitlines()) == 1

@@ -308,6 +308,32 @@ def test_a_gradient_payload_changes_the_weight_gradient_alone_and_by_one_more_ro
     assert_within(sent[2][0], gy[:130].T, x[:130], 2, 2)
 
 
+@pytest.mark.parametrize("gemm", [Reference(), Emulated()])
+def test_a_gradient_payload_goes_into_the_products_as_it_came(gemm: Gemm) -> None:
+    """To the bits of widening it and quantising it again, and whatever autograd hands on in its place."""
+    module, (x, weights), rest = gated(True, seed=9)
+    set_precision(module, gemm)
+    x, gy = x.bfloat16(), torch.randn(300, 256) * torch.randn(300, 1).exp()
+    arrived = payload.unpack(payload.pack(gy), 256)
+
+    def gradients(gy: Tensor, handover: payload.Handover | None) -> list[Tensor]:
+        buffers = {p: torch.zeros(p.shape) for p in module.parameters()}
+        own(module, owner := WeightGradients(buffers))
+        leaves = [t.clone().requires_grad_() for t in (x, weights)]
+        y = module(*leaves, *rest, handover=handover)
+        found = torch.autograd.grad(y, leaves, gy)
+        owner.apply(owner.take())
+        return [y.detach(), *found, *buffers.values()]
+
+    handover = payload.Handover()
+    handover.leave(arrived)
+    want = gradients(dequantise(arrived).bfloat16(), None)
+    got = gradients(torch.full_like(x, torch.nan), handover)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    with pytest.raises(AssertionError, match="none came"):
+        gradients(x, handover)
+
+
 def whole(**changes: int) -> Transformer:
     """A model with tails everywhere: no width is a multiple of 128."""
     sizes = dict(hidden_size=72, intermediate_size=200, moe_intermediate_size=136, initializer_range=0.05)

@@ -14,8 +14,11 @@ from model.fp8 import payload
 from model.fp8.formats import E4M3, E5M6, Format, decode, encode, round_to
 from model.fp8.quantise import (
     SMALLEST_SCALE,
+    Quantised,
     Scale,
     Tile,
+    _dequantise_by_operators,
+    _quantise_by_operators,
     dequantise,
     quantise,
     quantise_reference,
@@ -89,6 +92,15 @@ def test_the_fast_path_is_the_definition(
     assert torch.equal(decode(got.stored, to, width), q)
     whole = s.repeat_interleave(tile.value[0], 0)[:height].repeat_interleave(tile.value[1], 1)[:, :width]
     assert torch.equal(dequantise(got), q * whole)
+    assert_operators_agree(x, got, scale)
+
+
+def assert_operators_agree(x: Tensor, got: Quantised, scale: Scale) -> None:
+    """A CPU's kernels and the operators that serve every other device."""
+    same = _quantise_by_operators(x, got.tile, scale, got.format, got.ends_E)
+    assert torch.equal(same.scales, got.scales)
+    assert torch.equal(same.stored.view(torch.uint8), got.stored.view(torch.uint8))
+    assert torch.equal(_dequantise_by_operators(got), dequantise(got))
 
 
 rows_by_expert = st.lists(st.integers(0, 300), min_size=1, max_size=4)
@@ -106,6 +118,7 @@ def test_columns_begin_anew_at_each_expert(rows: list[int], width: int, scale: S
     assert torch.equal(dequantise(got), torch.cat([dequantise(p) for p in parts]))
     q, s = quantise_reference(x, Tile.COLUMN, scale, ends_E=ends)
     assert torch.equal(got.scales, s) and torch.equal(got.stored.float(), q)
+    assert_operators_agree(x, got, scale)
 
 
 @settings(deadline=None, max_examples=20)

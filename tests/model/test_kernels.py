@@ -41,6 +41,9 @@ def test_swiglu(rows: int, width: int, gated: bool, seed: int) -> None:
     torch.testing.assert_close(kernels.forward(x, weights), swiglu(x, weights), rtol=2 * ULP, atol=1e-30)
     (gx, gweights), (wanted, wanted_weights) = kernels.backward(x, weights, gy), swiglu_backward(x, weights, gy)
     assert gx.dtype == torch.bfloat16
+    widened = kernels.backward(x.float(), weights, gy.float())[0]
+    torch.testing.assert_close(widened, gx, rtol=2 * ULP, atol=1e-30)
+    torch.testing.assert_close(kernels.forward(x.float(), weights), swiglu(x.float(), weights), rtol=1e-6, atol=1e-30)
     # 1 + g (1 - sigmoid) cancels where silu' is zero, near g = -1.28.
     torch.testing.assert_close(
         gx.float(), wanted, rtol=2 * ULP, atol=1e-6 * max(wanted.abs().amax(), 1e-30) if rows else 0

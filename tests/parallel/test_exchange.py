@@ -198,7 +198,7 @@ def in_fp8(rank: int, cases: Sequence[Case]) -> list[tuple[float, float, float]]
             assert torch.equal(sent.ends_E, wanted.ends_E) and torch.equal(sent.weights_R, wanted.weights_R)
             got.append((sent.payload.stored.view(torch.uint8), sent.payload.scales))
             there = quantise(wanted.rows_RD, Tile.ROW, Scale.POWER_OF_TWO)
-            gy = fp8.dispatch_gradient(gz[own], sent.layout).wait()
+            gy = dequantise(fp8.dispatch_gradient(gz[own], sent.layout).wait())
             gy_wanted = quantise(plain.dispatch_gradient(gz[own], wanted.layout).wait(), Tile.ROW, Scale.POWER_OF_TWO)
             z = fp8.combine(dequantise(sent.payload), sent.layout).wait()
             z_wanted = plain.combine(dequantise(there), wanted.layout).wait()

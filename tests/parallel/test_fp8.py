@@ -1,4 +1,5 @@
-"""FP8 in a worker: weights that are kept quantised are those that every product would quantise again."""
+"""FP8 in a worker: weights that are kept quantised are those that every product would quantise again, and so are rows
+and gradients that travel in FP8."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +9,12 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from model.exchange import Dispatched, Exchange, Pending
 from model.fp8 import linear
 from model.fp8.assign import recipes, set_precision
-from model.fp8.quantise import Tile, quantise
+from model.fp8.quantise import Tile, dequantise, quantise
 from parallel.checkpoint import Progress, load
 from parallel.estimate.memory import stage_parameters
 from parallel.estimate.operations import Operations
@@ -33,6 +36,26 @@ JOB = replace(
 )
 
 
+class Widening:
+    """An exchange after which nothing remains in FP8 of what came so."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange, self.combine, self.combine_gradient = exchange, exchange.combine, exchange.combine_gradient
+
+    def dispatch(self, x_TD: Tensor, *routing: Tensor) -> Pending[Dispatched]:
+        pending = self._exchange.dispatch(x_TD, *routing)
+
+        def finish() -> Dispatched:
+            sent = pending.wait()
+            return replace(sent, rows_RD=dequantise(sent.payload).to(x_TD.dtype), payload=None, handover=None)
+
+        return Pending(finish)
+
+    def dispatch_gradient(self, gz_TD: Tensor, layout: Any) -> Pending[Tensor]:
+        pending = self._exchange.dispatch_gradient(gz_TD, layout)
+        return Pending(lambda: dequantise(pending.wait()).to(gz_TD.dtype))
+
+
 def train(rank: int, folder: Path, keeps: bool, backend: str) -> list[Any]:
     """Losses and gradient norms of a run that goes back to its checkpoint, evaluates, and goes on."""
     moments = "fp32" if backend == "deepspeed" else "bf16"
@@ -44,6 +67,8 @@ def train(rank: int, folder: Path, keeps: bool, backend: str) -> list[Any]:
         for held in worker.held.values():
             assert worker.products is not None
             set_precision(held.stage.model, worker.products.gemm)
+            if job.fp8_payload:
+                held.stage.exchange = Widening(held.stage.exchange)
     path = save(folder / str(keeps), worker, Progress(0, 0), keep=1)
     results = [step(worker, number) for number in (0, 1)]
     load(path, worker)
@@ -59,7 +84,7 @@ def both(rank: int, folder: Path, backend: str) -> bool:
     return train(rank, folder, True, backend) == train(rank, folder, False, backend)
 
 
-def test_kept_weights_are_those_that_every_product_would_quantise(tmp_path: Path) -> None:
+def test_what_is_kept_and_what_travels_is_what_every_product_would_quantise(tmp_path: Path) -> None:
     assert all(run_ranks(both, LAYOUT.world_size, tmp_path, "native", timeout=300))
 
 
