@@ -85,10 +85,9 @@ def drilled(config: Config, run: Path, scenario: Scenario | None = None, control
         asynchronous = scenario.asynchronous
         if scenario.replicated:  # its control is restarted too, and finds nothing in memory
             every, replicated = 0, not control
-        several = scenario.nodes > 1
-        if scenario.again is Again.LAUNCHER and (scenario.replicated or several or not control):
+        if scenario.again is Again.LAUNCHER and (scenario.replicated or scenario.returns or not control):
             restarts = len(scenario.faults)
-        if several and control:
+        if scenario.returns and control:
             guard = replace(guard, node_wait_seconds=CONTROL_WAIT_SECONDS)
         if scenario.restarts is not None:
             restarts = scenario.restarts

@@ -103,6 +103,16 @@ def _goes_bad(name: str, action: Action, point: Point, broken: str, guard: Recov
     return Scenario(name, broken, EVERY - 1, (fault,), again=Again.NOBODY, guard=guard, skips=skips)
 
 
+_SKIPS = Scenario(
+    "skip-collective",
+    "last rank leaves out a gather of parameters",
+    lost_steps=1,
+    faults=(Fault(Action.SKIP, -1, _FAULT_STEP - 1, Point.GATHER),),
+    again=Again.LAUNCHER,
+    fewest_ranks=3,  # of two that wait for each other, nobody knows which one left it out
+    guard=RecoveryConfig(hang_factor=10.0),
+)
+
 _ALL = (
     _rank_dies("kill-forward", Action.KILL, Point.FORWARD, "last rank killed in a forward"),
     _rank_dies("kill-dispatch", Action.KILL, Point.DISPATCH, "last rank killed in a dispatch to experts"),
@@ -181,15 +191,8 @@ _ALL = (
         status=1,
         restarts=1,
     ),
-    Scenario(
-        "skip-collective",
-        "last rank leaves out a gather of parameters",
-        lost_steps=1,
-        faults=(Fault(Action.SKIP, -1, _FAULT_STEP - 1, Point.GATHER),),
-        again=Again.LAUNCHER,
-        fewest_ranks=3,  # of two that wait for each other, nobody knows which one left it out
-        guard=RecoveryConfig(hang_factor=10.0),
-    ),
+    _SKIPS,
+    replace(_SKIPS, name="skip-nodes", broken="last rank of node 1 of 2 leaves out a gather of parameters", nodes=2),
     _slow(2),
     _slow(5),
     Scenario("terminate", "SIGTERM to the launcher", 0, interrupt=signal.SIGTERM, status=128 + signal.SIGTERM),
