@@ -90,11 +90,14 @@ def test_imbalance_and_waiting_never_make_a_step_faster(factor: float) -> None:
 def test_more_memory_never_makes_fewer_layouts_feasible() -> None:
     workload = smaller(model=SHALLOW, layout=Layout(pipeline=4, data=4, expert=4), microbatches=8)
     feasible: set[Workload] = set()
+    closed = ClosedForm(H800)
     for size in (150.0, 300.0, 600.0):
         found = search(workload, replace(H800, memory_gb=size), RUN, simulated=0)
         every = list(layouts(workload, 8))
         assert found.tried == len(every) == len(set(every))
         larger = {candidate.workload for candidate in found.candidates}
+        usable = size * 1e9 * H800.usable_memory
+        assert larger == {each for each in every if closed.memory_bytes(each) <= usable}  # none is left out unseen
         assert feasible <= larger
         feasible = larger
     assert feasible
