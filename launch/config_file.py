@@ -91,7 +91,7 @@ def apply(kind: Any, values: dict[str, Any], override: str) -> None:
     """Set one key in the file's mapping, creating its section."""
     key, equals, text = override.partition("=")
     key = key.strip()
-    if not equals:
+    if not (equals and key):
         raise ConfigError(f"override {show(override)} must have the form key.sub=value")
     leaves = _leaf_types(kind)
     if key not in leaves:
@@ -237,7 +237,7 @@ def _unknown(kind: Any, key: str) -> ConfigError:
         near = {name: name for name in (_leaf_types(kind) if section else sections)}
     closest = difflib.get_close_matches(leaf if section in sections else key, near, n=1)
     if same:
-        hint = f"did you mean {' or '.join(same)}?"
+        hint = f"the nearest is {' or '.join(same)}"
     elif closest:
         hint = f"the nearest is {near[closest[0]]}"
     elif section in sections:

@@ -21,11 +21,11 @@ from launch.command import Parser, progress_bar, reported
 from launch.config import Config, ConfigError, RunConfig, from_dict
 from launch.config_file import apply
 from launch.data import open_dataset
+from launch.invocation import program_words
 from launch.model_folder import ORIGIN_FILES, HuggingFaceModel, open_hugging_face
 from launch.run_folder import ORIGIN, RunFolder
 from launch.run_weights import RunWeightsWriter
 from launch.tokenizer import FILE, is_byte_tokenizer
-from launch.train import invocation
 from model.huggingface import Published, published
 from model.size import size
 from parallel.optimizer_config import OptimizerConfig
@@ -87,7 +87,7 @@ def _import(arguments: argparse.Namespace) -> None:
         print("multi-token prediction is left out: the folder has no tensors of its module", file=sys.stderr)
     print(f"{arguments.run}: {size(config.model)}")
     again = shlex.quote(str(arguments.run))
-    print(f"to train it: {invocation(sys.argv[0], os.environ, Path.cwd())} {again}")
+    print(f"to train it: {program_words(sys.argv[0], os.environ, Path.cwd(), 'train')} {again}")
 
 
 def _configuration(theirs: HuggingFaceModel, run: Path, own_tokenizer: bool, overrides: Sequence[str]) -> Config:

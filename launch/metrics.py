@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shlex
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from launch.invocation import Invocation
 from launch.whole_file import write_whole
 
 
@@ -192,12 +192,12 @@ def print_summary(
     run_dir: str,
     config_path: str,
     overrides: Sequence[str] = (),
-    command: str,
+    invocation: Invocation | None,
     console: Console | None = None,
 ) -> None:
     """What came of a run, from the steps in its metrics, and the command that goes on with it.
 
-    ``command`` is what started the run, up to its configuration; ``overrides`` are those that it was started with. Both
+    ``invocation`` is what started the run, where that is known; ``overrides`` are those that it was started with. Both
     are part of what to run next. Times are medians, which the slow first steps do not move.
     """
     console = console or Console()
@@ -221,8 +221,11 @@ def print_summary(
     rows.append(("run folder", run_dir))
     own = [given for given in overrides if given.partition("=")[0].strip() not in ("run.dir", "train.steps")]
     folder = [] if Path(config_path) == Path(run_dir) else [f"run.dir={run_dir}"]
-    words = [config_path, *own, *folder, f"train.steps={2 * max(steps, 1)}"]
-    rows.append(("to go on", f"{command} {shlex.join(words)}"))
+    longer = f"train.steps={2 * max(steps, 1)}"
+    if invocation is None:
+        rows.append(("to go on", f"give the same command with {longer}"))
+    else:
+        rows.append(("to go on", invocation.of([config_path, *own, *folder, longer])))
     for label, text in rows:
         console.print(f"{label:<16} {text}", markup=False, highlight=False, soft_wrap=True)
 

@@ -1,20 +1,51 @@
-"""Where a run goes on from: the memory of its ranks, or its newest whole checkpoint."""
+"""How a run starts: in its folder, from the memory of its ranks or from its newest whole checkpoint."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch.distributed as dist
 
-from launch.config import ConfigError
+from launch.config import Config, ConfigError
+from launch.data import Dataset
 from launch.keeper import Regions
 from launch.rank import together
 from launch.run_folder import RunFolder
 from parallel import checkpoint
 from parallel.checkpoint import CheckpointError, DamagedCheckpointError, Progress
+from parallel.mesh import Layout
 from parallel.recovery import Choice
 from parallel.replica import Replica
 from parallel.worker import Worker
+
+
+def open_run(
+    folder: RunFolder,
+    config: Config,
+    layout: Layout,
+    data: Dataset,
+    start: str | None,
+    say: Callable[[str], None],
+) -> TextIO:
+    """Check and open the run's folder, and say and record what this start is -> the lock. ``layout``: of the ranks that
+    there are, which may be fewer than the configuration's. Raises ConfigError.
+
+    Where more steps are done than are asked for, nothing is trained in what is given: the folder keeps its own
+    configuration.
+    """
+    changes = folder.changes(config, data.fingerprint)
+    beyond = checkpoint.newest_step(folder.checkpoints) > config.train.steps
+    if beyond:
+        config, changes = folder.stored_config(), []
+    lock = folder.open(config, data.fingerprint, start)
+    folder.events.write("start", world_size=layout.world_size, layout=asdict(layout), changed=changes)
+    for change in changes:
+        say(f"changed since the last start: {change}")
+    if not beyond:
+        for line in data.summary(config.values().batches.sequences_before(config.train.steps)):
+            say(line)
+    return lock
 
 
 def open_memory(worker: Worker, every: int, regions: Regions | None, folder: RunFolder) -> Replica | None:

@@ -1,6 +1,6 @@
 """A run is a folder: what was asked for, what happened, and the state to go on from.
 
-config.yaml       the configuration as resolved at the last start
+config.yaml       the configuration as resolved at the last start that had something to train
 data.json         the fingerprint of the text that the run trains on
 skipped.json      where the batches begin that bad steps were blamed on
 metrics.jsonl     one object a step            events.jsonl      starts, ends, failures
@@ -66,7 +66,7 @@ class RunFolder:
             if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
                 raise ConfigError(f"run.dir={self.path} has checkpoints but no config.yaml: it is no run to go on with")
             return []
-        stored_config, stored = self._stored_config(), self._stored_fingerprint()
+        stored_config, stored = self.stored_config(), self._stored_fingerprint()
         if not self._has_trained():
             return []  # a start that was refused, or died before its first step, binds nobody
         stored_config = replace(
@@ -91,7 +91,8 @@ class RunFolder:
         steps = self.metrics_file.exists() and self.metrics_file.stat().st_size > 0
         return steps or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
 
-    def _stored_config(self) -> Config:
+    def stored_config(self) -> Config:
+        """What ``config.yaml`` holds. Raises ConfigError."""
         try:
             return load(self.config_file)
         except ConfigError as error:

@@ -12,20 +12,19 @@ its part of them, where the same command runs on several.
 import argparse
 import errno
 import os
-import shlex
-import shutil
 import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from launch import output, stop
 from launch.config import Config, ConfigError, check_world_size, load
 from launch.data import DataError, open_dataset
+from launch.invocation import Invocation, of_training, parent_words
 from launch.nodes.roster import NodeCount
 from launch.run_folder import RunFolder, tokenizer_of
 
@@ -43,6 +42,10 @@ LOST_PEER_SECONDS = 2.0
 LOCAL_RANKS_LIMIT = 64
 """Ranks that are started on a machine of few cores at most: each of them is a process with torch in it."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_EPILOG = """\
+examples:
+  dualpipe train configs/tiny-cpu.yaml train.steps=20 run.dir=runs/short
+  dualpipe train configs/tiny-cpu.yaml run.dir=/shared/runs/two --nnodes 2        # on each of two machines"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,8 +57,8 @@ def parser() -> argparse.ArgumentParser:
     command = _Parser(
         prog="dualpipe train",
         description="Train a model through a pipeline schedule, or go on with the run in run.dir.",
-        epilog="example: dualpipe train configs/tiny-cpu.yaml train.steps=20 run.dir=runs/short; on each of two "
-        "machines: dualpipe train configs/tiny-cpu.yaml run.dir=/shared/runs/two --nnodes 2",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("config", metavar="CONFIG", help="YAML file with the configuration, or the folder of a run")
     command.add_argument(
@@ -83,11 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser().parse_intermixed_args(argv)
         arguments.nnodes = NodeCount.parse(arguments.nnodes)
-        arguments.command = invocation(sys.argv[0], os.environ, _working_folder())
+        arguments.invocation = _invocation(arguments)
     except ConfigError as error:
         return _refuse(error)
-    if arguments.nnodes != NodeCount():
-        arguments.command += f" --nnodes {arguments.nnodes}"
     if "RANK" not in os.environ:
         return as_launcher(arguments)
     if arguments.nnodes != NodeCount():
@@ -95,30 +96,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return as_rank(arguments)
 
 
+def _invocation(arguments: argparse.Namespace) -> Invocation | None:
+    nodes = [] if arguments.nnodes == NodeCount() else ["--nnodes", str(arguments.nnodes)]
+    if nodes and arguments.local_addr != socket.gethostname():
+        nodes += ["--local-addr", arguments.local_addr]
+    agent = parent_words() if "RANK" in os.environ else []
+    return of_training(sys.argv[0], os.environ, _working_folder(), nodes, agent)
+
+
 def _working_folder() -> Path:
     try:
         return Path.cwd()
     except OSError as error:
         raise ConfigError(f"the working directory must be there: {error.strerror}") from None
-
-
-def invocation(program: str, environment: Mapping[str, str], folder: Path) -> str:
-    """The words before CONFIG that start this command again from ``folder``; ``program`` is ``sys.argv[0]``."""
-    if "RANK" in environment:
-        return "torchrun ... -m launch.train"
-    path = Path(program).absolute()
-    if path.suffix == ".py":
-        return f"{_from(folder, Path(sys.executable))} -m launch.cli train"
-    on_path = shutil.which(path.name, path=environment.get("PATH"))
-    if on_path is not None and os.path.realpath(on_path) == os.path.realpath(path):
-        return f"{path.name} train"
-    return f"{_from(folder, path)} train"
-
-
-def _from(folder: Path, path: Path) -> str:
-    """A program's path as a shell takes it, relative where it lies below ``folder``."""
-    below = path.is_relative_to(folder) and len(path.relative_to(folder).parts) > 1
-    return shlex.quote(str(path.relative_to(folder) if below else path))
 
 
 def configuration(arguments: argparse.Namespace) -> Config:

@@ -25,7 +25,7 @@ from launch.job import job_of
 from launch.launcher import Launcher
 from launch.metrics import LiveView, MetricsLog, print_summary
 from launch.rank import Place, store_of_the_job, together
-from launch.resume import Resume, open_memory
+from launch.resume import Resume, open_memory, open_run
 from launch.run_folder import RunFolder
 from launch.slow import SlowRanks
 from launch.step_entry import step_entry, summary
@@ -123,16 +123,8 @@ class Trainer:
         """Check and open the run folder on rank 0; the others trust it."""
         if not self.leads:
             return None
-        changes = self.folder.changes(self.given, self.data.fingerprint)
         start = None if self.launcher is None else self.launcher.start
-        lock = self.folder.open(self.given, self.data.fingerprint, start)
-        layout = asdict(self.config.layout)
-        self.folder.events.write("start", world_size=dist.get_world_size(), layout=layout, changed=changes)
-        for change in changes:
-            self._say(f"changed since the last start: {change}")
-        for line in self.data.summary(self.values.batches.sequences_before(self.config.train.steps)):
-            self._say(line)
-        return lock
+        return open_run(self.folder, self.given, self.config.layout, self.data, start, self._say)
 
     def _expect_faults(self, plan: Plan) -> None:
         """Let a drill break this rank. Raises ConfigError for a fault that would never happen."""
@@ -157,7 +149,8 @@ class Trainer:
         if progress is not None:
             self.progress = progress
             if progress.step >= self.config.train.steps and self.leads:
-                self._say(f"nothing to train: train.steps={self.config.train.steps} are done")
+                steps = self.config.train.steps
+                self._say(f"nothing to train: the run has done {progress.step} steps, and train.steps={steps}")
         return progress is not None
 
     def _train(self) -> int:
@@ -397,7 +390,7 @@ class Trainer:
                 run_dir=str(self.folder.path),
                 config_path=self.arguments.config,
                 overrides=self.arguments.overrides,
-                command=self.arguments.command,
+                invocation=self.arguments.invocation,
             )
 
     def _say(self, text: str) -> None:

@@ -182,6 +182,11 @@ def published(folder: Path) -> list[Path]:
     return sorted((path for path in named if path.name[len(PREFIX) :].isdecimal()), key=step_of)
 
 
+def newest_step(folder: Path) -> int:
+    """That of the newest checkpoint that lacks nothing; 0 where there is none."""
+    return next((step_of(path) for path in reversed(published(folder)) if missing(path) is None), 0)
+
+
 def missing(path: Path) -> str | None:
     """What a checkpoint lacks to be complete (a file, or a part of one), or None."""
     for name in (STATE, INDEX, MANIFEST):

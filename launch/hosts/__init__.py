@@ -6,6 +6,7 @@ command given runs in each, with torchrun's cluster options in its environment. 
 
 import argparse
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -16,6 +17,7 @@ from typing import NoReturn
 from launch import output, stop
 from launch.hosts.cluster import Cluster
 from launch.hosts.links import NETWORK, LinkError, Rate
+from launch.invocation import CLUSTER, program_words
 
 USER_ERROR = 2
 FAILED = 1
@@ -56,11 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     ended it; 2 for bad arguments or a machine that lacks what it takes; 1 where the cluster could not be made."""
     output.prepare()
     try:
-        options, command = _parse(list(sys.argv[1:] if argv is None else argv))
+        words = list(sys.argv[1:] if argv is None else argv)
+        options, command = _parse(words)
         lacking = missing()
         if lacking:
             raise UsageError(lacking)
-        environment = _environment(os.environ)
+        environment = _environment(os.environ, words[: words.index("--")])
         if shutil.which(command[0], path=environment["PATH"]) is None:
             raise UsageError(f"{command[0]!r} is not a program that can be found")
         stop.end_at_once()
@@ -135,7 +138,13 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, command
 
 
-def _environment(outside: Mapping[str, str]) -> dict[str, str]:
-    """What CMD gets to see on every node. Its output goes through a pipe, where Python would hold it back."""
+def _environment(outside: Mapping[str, str], options: Sequence[str]) -> dict[str, str]:
+    """What CMD gets to see on every node, ``options`` of this command among it. CMD's output goes through a pipe, where
+    Python would hold it back. Raises UsageError."""
+    try:
+        here = Path.cwd()
+    except OSError as error:
+        raise UsageError(f"the working directory must be there: {error.strerror}") from None
+    made_by = f"{program_words(sys.argv[0], outside, here, 'hosts')} {shlex.join(options)}"
     path = os.pathsep.join([os.path.dirname(sys.executable), outside.get("PATH", os.defpath)])
-    return {**outside, "PATH": path, "PYTHONUNBUFFERED": "1"}
+    return {**outside, "PATH": path, "PYTHONUNBUFFERED": "1", CLUSTER: made_by}

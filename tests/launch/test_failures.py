@@ -17,10 +17,10 @@ import pytest
 from launch import local
 from launch.attempts import Attempts
 from launch.config import load
+from launch.invocation import CLUSTER, ELSEWHERE, Invocation, of_training
 from launch.launcher import Launcher
 from launch.local import GRACE_SECONDS, _scratch_folder
 from launch.nodes.roster import NodeCount
-from launch.train import invocation
 from tests.launch.runs import (
     ONE_RANK,
     ROOT,
@@ -193,12 +193,27 @@ def test_what_to_run_next_is_how_it_was_run(tmp_path: Path) -> None:
         script = tmp_path / name / "dualpipe"
         script.write_text("")
         script.chmod(0o755)
-    on_path = {"PATH": str(tmp_path / "bin")}
-    script = str(tmp_path / "bin" / "dualpipe")
-    assert invocation(script, on_path, tmp_path) == "dualpipe train"
-    assert invocation(script, {"PATH": "/usr/bin"}, tmp_path) == "bin/dualpipe train"
-    assert invocation(str(tmp_path / "else where" / "dualpipe"), on_path, tmp_path / "bin") == (
+    on_path, script = {"PATH": str(tmp_path / "bin")}, str(tmp_path / "bin" / "dualpipe")
+    assert of_training(script, on_path, tmp_path) == Invocation("dualpipe train")
+    assert of_training(script, {"PATH": "/usr/bin"}, tmp_path) == Invocation("bin/dualpipe train")
+    assert of_training(str(tmp_path / "else where" / "dualpipe"), on_path, tmp_path / "bin") == Invocation(
         f"'{tmp_path / 'else where' / 'dualpipe'}' train"
     )
-    assert invocation("/x/launch/cli.py", on_path, tmp_path) == f"{sys.executable} -m launch.cli train"
-    assert invocation("/x/launch/train.py", {"RANK": "0"}, tmp_path) == "torchrun ... -m launch.train"
+    assert of_training("/x/launch/cli.py", on_path, tmp_path) == Invocation(f"{sys.executable} -m launch.cli train")
+    nodes = ["--nnodes", "2:3"]
+    assert of_training(script, on_path, tmp_path, nodes) == Invocation("dualpipe train --nnodes 2:3", ELSEWHERE)
+    cluster = {**on_path, CLUSTER: "bin/dualpipe hosts --nodes 2"}
+    inside = of_training(script, cluster, tmp_path, nodes)
+    assert inside is not None
+    assert inside.of(["a b"]) == "bin/dualpipe hosts --nodes 2 -- dualpipe train --nnodes 2:3 'a b'"
+
+
+def test_what_to_run_next_under_torchrun_is_what_its_agent_was_started_with(tmp_path: Path) -> None:
+    rank, script = {"RANK": "0", "GROUP_WORLD_SIZE": "1", "PATH": "/usr/bin"}, "/x/launch/train.py"
+    agent = ["/v/bin/python", str(tmp_path / "bin" / "torchrun"), "--nproc-per-node", "2", "-m", "launch.train", "c"]
+    again = "bin/torchrun --nproc-per-node 2 -m launch.train"
+    assert of_training(script, rank, tmp_path, agent=agent) == Invocation(again)
+    assert of_training(script, {**rank, "GROUP_WORLD_SIZE": "2"}, tmp_path, agent=agent) == Invocation(again, ELSEWHERE)
+    module = ["/v/bin/python", "-m", "torch.distributed.run", "-m", "launch.train", "c"]
+    assert of_training(script, rank, tmp_path, agent=module) == Invocation(" ".join(module[:-1]))
+    assert of_training(script, rank, tmp_path, agent=["srun", "python", "train.py"]) is None

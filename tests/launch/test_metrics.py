@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from launch.invocation import ELSEWHERE, Invocation
 from launch.metrics import EventLog, LiveView, MetricsLog, median, print_summary
 from launch.whole_file import write_whole
 
@@ -170,7 +171,7 @@ def entries(*losses: float | None) -> list[dict[str, object]]:
 def summary(lines: list[dict[str, object]], **changes: object) -> str:
     out = io.StringIO()
     options = {"validation_bits_per_byte": 2.345, "run_dir": "runs/a b", "config_path": "configs/x.yaml"}
-    options = {**options, "command": "bin/dualpipe train", **changes}
+    options = {**options, "invocation": Invocation("bin/dualpipe train"), **changes}
     print_summary(lines, console=Console(file=out, width=30), **options)
     return out.getvalue()
 
@@ -182,6 +183,9 @@ def test_the_summary_tells_what_came_of_it_and_what_to_run_next() -> None:
     assert "2.000 s (median)" in text and "2,048 tokens/s" in text
     command = "bin/dualpipe train configs/x.yaml layout.data=2 'run.dir=runs/a b' train.steps=10"
     assert command in text.splitlines()[-1]
+    elsewhere = summary(entries(5.5), invocation=Invocation("dualpipe train --nnodes 2", ELSEWHERE))
+    assert elsewhere.splitlines()[-1].endswith("configs/x.yaml 'run.dir=runs/a b' train.steps=2" + ELSEWHERE)
+    assert "give the same command with train.steps=2" in summary(entries(5.5), invocation=None)
 
 
 def test_the_summary_has_the_loss_of_multi_token_prediction_where_there_is_one() -> None:

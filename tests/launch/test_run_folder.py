@@ -4,14 +4,17 @@ import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from launch.config import Config, ConfigError, from_dict
 from launch.config_file import apply
+from launch.resume import open_run
 from launch.run_folder import RunFolder
 from parallel import checkpoint
+from parallel.mesh import Layout
 from parallel.phases import Phase, PhasesConfig
 
 PRINT = "0123456789abcdef"
@@ -85,6 +88,23 @@ def test_changes_are_written_as_one_types_them(folder: RunFolder, config: Config
         key, _, rest = line.partition(": run has ")
         apply(Config, values, f"{key}={rest.split(', given ')[1]}")
     assert from_dict(values) == changed
+
+
+def test_a_start_that_asks_for_fewer_steps_than_are_done_records_nothing_of_itself(
+    folder: RunFolder, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "missing", lambda path: None if path.name == "step-00000008" else "all of it")
+    for step in (8, 9):
+        (folder.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+    data = SimpleNamespace(fingerprint=PRINT, summary=lambda sequences: [f"{sequences} sequences"])
+    said: list[str] = []
+    for steps in (8, 5):
+        given = replace(config, train=replace(config.train, steps=steps))
+        open_run(folder, given, Layout(), data, None, said.append).close()  # type: ignore[arg-type]
+        assert folder.stored_config().train.steps == 8
+    assert said == ["changed since the last start: train.steps: run has 1, given 8", "32 sequences"]
+    changes = [json.loads(line)["changed"] for line in folder.events.path.read_text().splitlines()]
+    assert changes == [["train.steps: run has 1, given 8"], []]
 
 
 def test_checkpoints_without_a_configuration_are_no_run(folder: RunFolder, config: Config) -> None:

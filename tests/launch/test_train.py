@@ -133,6 +133,7 @@ def test_resuming_changes_what_may_change_and_records_it(config: Path, tmp_path:
         config, "train.steps=6", f"data.source={(tmp_path / 'text.txt').rename(tmp_path / 'same.txt')}"
     )
     assert renamed.returncode == 0 and "changed since the last start: data.source" in renamed.stdout, renamed.stderr
+    assert "nothing to train: the run has done 6 steps, and train.steps=6" in renamed.stdout
     (tmp_path / "text.txt").write_text("other text " * 2000)
     other = train(config, "train.steps=6")
     assert other.returncode == 2 and "data.source" in other.stderr
