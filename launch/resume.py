@@ -1,5 +1,6 @@
-"""How a run starts: in its folder, from the memory of its ranks or from its newest whole checkpoint."""
+"""How a run starts and goes on: in its folder, from the memory of its ranks or from its newest whole checkpoint."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from launch.config import Config, ConfigError
 from launch.data import Dataset
 from launch.keeper import Regions
+from launch.launcher import Failure
 from launch.rank import together
 from launch.run_folder import RunFolder
 from parallel import checkpoint
@@ -125,3 +127,27 @@ class Resume:
         if self._leads:
             self._folder.events.write("resume", step=progress.step, **details)
             self._say(f"resuming from {origin}, after step {progress.step}")
+
+
+class Recoveries:
+    """What the run recovers from until the next step is taken: ``failure``, after which the launcher started all ranks
+    again, or a return to a checkpoint."""
+
+    def __init__(self, folder: RunFolder, failure: Failure | None) -> None:
+        self._folder, self._failure = folder, failure
+        self._returned: tuple[str, float] | None = None
+
+    def begin(self, why: str) -> None:
+        """The run returns to a checkpoint."""
+        self._returned = why, time.monotonic()
+
+    def note(self, step: int) -> None:
+        """After a step: record what it was recovered from, and how long that took. By the rank that leads."""
+        (failure, self._failure), (returned, self._returned) = (self._failure, None), (self._returned, None)
+        if returned is not None:
+            self._write(returned[1], cause=returned[0], step=step)
+        if failure is not None:
+            self._write(failure.noticed, rank=failure.rank, cause=failure.cause, step=step)
+
+    def _write(self, noticed: float, **details: Any) -> None:
+        self._folder.events.write("recovery", **details, seconds=round(time.monotonic() - noticed, 3))

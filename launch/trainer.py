@@ -25,7 +25,7 @@ from launch.job import job_of
 from launch.launcher import Launcher
 from launch.metrics import LiveView, MetricsLog, print_summary
 from launch.rank import Place, store_of_the_job, together
-from launch.resume import Resume, open_memory, open_run
+from launch.resume import Recoveries, Resume, open_memory, open_run
 from launch.run_folder import RunFolder
 from launch.slow import SlowRanks
 from launch.step_entry import step_entry, summary
@@ -65,7 +65,7 @@ class Trainer:
     ) -> None:
         self.config, self.here, self.rank, self.device, self.folder = config, here, here.rank, device, folder
         self.arguments, self.launcher, self.stop = arguments, launcher, stop
-        self.recovering = None if launcher is None else launcher.recovering
+        self.recoveries = Recoveries(folder, None if launcher is None else launcher.recovering)
         self.given = config if launcher is None else launcher.given(config)
         self.regroup = None if launcher is None else launcher.regroup
         self.leads = self.rank == 0
@@ -73,7 +73,6 @@ class Trainer:
         self.values = config.values()
         self.skipped, self.spikes = SkippedBatches(config.data.skip_batches), SpikeRule(0.0)
         self.bad_steps, self.rollbacks, self.farthest = 0, 0, 0
-        self.returned: tuple[str, float] | None = None
 
     def run(self) -> int:
         """Train to ``train.steps``. Exit status 0, 128 + N when signal N asked to stop, REGROUPED where the launcher
@@ -177,7 +176,7 @@ class Trainer:
                     validation = entry["validation_bits_per_byte"] = self._validate()
                 if log is not None:
                     log.append(entry)
-                    self._note_recovery()
+                    self.recoveries.note(step)
                     view.update(
                         step,
                         loss=entry["loss"],
@@ -204,23 +203,6 @@ class Trainer:
         if regrouped:
             return REGROUPED
         return 128 + (self.stop.signal or signal.SIGINT) if stopped else 0
-
-    def _note_recovery(self) -> None:
-        """After the first step since the launcher started all ranks again, or the run went back: from what, and how
-        long it took."""
-        if self.returned is not None:
-            why, noticed = self.returned
-            self.returned, seconds = None, round(time.monotonic() - noticed, 3)
-            self.folder.events.write("recovery", cause=why, step=self.progress.step, seconds=seconds)
-        failure, self.recovering = self.recovering, None
-        if failure is not None:
-            self.folder.events.write(
-                "recovery",
-                rank=failure.rank,
-                cause=failure.cause,
-                step=self.progress.step,
-                seconds=round(time.monotonic() - failure.noticed, 3),
-            )
 
     def _step(self) -> tuple[dict[str, Any] | None, bool]:
         """One optimizer step: what ``metrics.jsonl`` says about it, None if it was not taken, and whether any rank was
@@ -320,7 +302,7 @@ class Trainer:
     def _roll_back(self, refusal: Refusal) -> None:
         """Go on from the newest checkpoint that is whole; memory may have what is bad. Raises Diverged when there is
         none, or when going back does not help."""
-        self.returned = refusal.why, time.monotonic()
+        self.recoveries.begin(refusal.why)
         self._settle(wait=True)
         left, self.bad_steps = self.progress.step, 0
         self.rollbacks = self.rollbacks + 1 if left <= self.farthest else 1
