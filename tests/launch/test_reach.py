@@ -97,6 +97,9 @@ def test_never_two_sides_train(changes: list[tuple[str, str, set[str]]]) -> None
         if all(member.checked == roster.check for member in roster.members.values()):
             for a, b in combinations(placed, 2):
                 assert b not in roster.members[a].missing and a not in roster.members[b].missing
+        if not roster.running and roster.attempt > roster.first:
+            fits = min(2, len(roster.reachable))
+            assert roster.places == fits or not fits, "nobody waits for nodes that are cut off"
         if roster.running and not before.running:
             assert len(placed) == roster.places
             assert all(m.ready == roster.attempt for m in roster.members.values() if m.cut or m.place is not None)

@@ -106,8 +106,8 @@ def test_ranks_that_outlive_a_dead_one_are_killed_unless_they_all_left(
     monkeypatch.setattr(local, "GRACE_SECONDS", 0.3)
     server = _Server(2)
     first, second = server.processes
-    flag = Flag(tmp_path / "finished")
-    with local._Watch(server, Alone(load(config)), flag) as watch:
+    flag, regroup = Flag(tmp_path / "finished"), Flag(tmp_path / "regroup")
+    with local._Watch(server, Alone(load(config)), flag, regroup) as watch:
         if finished:
             flag.set()
         while len(watch._seen) < 2:

@@ -99,6 +99,22 @@ def test_a_run_that_may_shrink_never_waits_for_nodes_that_it_can_do_without(
             assert roster.places == 3, "the first attempt waits for all"
 
 
+def test_a_node_that_returns_ends_the_smaller_attempt_once_it_is_ready_and_costs_no_restart() -> None:
+    roster = begun(NodeCount(2, 2), sizes=[2, 1])
+    for name in "ab":
+        roster.join(name, "host")
+        roster.be_ready(name)
+    assert roster.running and roster.remove("a", "gone") is not None
+    assert (roster.placed(), roster.places, roster.running) == (["b"], 1, False)
+    roster.be_ready("b")
+    roster.join("c", "host")
+    assert roster.running and not roster.growing and roster.members["b"].place == 0
+    roster.be_ready("c")
+    assert roster.growing
+    assert roster.end(Ending(roster.attempt, 0, "host", None, "2 nodes are there", True, planned=True))
+    assert (roster.placed(), roster.places, roster.growing, roster.restarts) == (["b", "c"], 2, False, 1)
+
+
 def test_restarts_are_counted_and_what_cannot_be_mended_ends_all() -> None:
     def ended(max_restarts: int, can_recover: bool, status: int = 1) -> Roster:
         roster = begun(NodeCount(1, 1), max_restarts)
