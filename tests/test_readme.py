@@ -32,9 +32,13 @@ def run(words: list[str], agents: int = 1) -> None:
         subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for _ in range(agents)
     ]
-    for process in running:
-        out, _ = process.communicate(timeout=200)
-        assert process.returncode == 0, out
+    try:
+        for process in running:
+            out, _ = process.communicate(timeout=200)
+            assert process.returncode == 0, out
+    finally:
+        for process in running:
+            process.terminate()
 
 
 def test_the_two_commands_are_what_ci_runs() -> None:
