@@ -44,10 +44,10 @@ def kernel(*signatures: str, may: set[str] = FUSED) -> Callable[[Callable[..., N
     def compiled(function: Callable[..., None]) -> Callable[..., None]:
         try:
             return numba.njit(list(signatures), cache=True, **options)(function)
-        except RuntimeError as error:
-            if "cache" not in str(error):
-                raise
-            return numba.njit(list(signatures), **options)(function)  # no folder to write to: compile in each process
+        except Exception:
+            # Nothing to keep it in, no room, or a damaged file: compile in each process. What is wrong with the
+            # function itself is raised again.
+            return numba.njit(list(signatures), **options)(function)
 
     return compiled
 

@@ -1,11 +1,17 @@
 """Kernels against the definitions that they compute, bit by bit where nothing is summed."""
 
+import errno
+import os
+from pathlib import Path
+from unittest.mock import Mock
+
 import numba
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba.core.caching import IndexDataCacheFile
 from torch import Tensor
 
 import model.kernels.calls
@@ -158,3 +164,33 @@ def test_rounding_to_bf16_is_torch_s() -> None:
     got = torch.from_numpy(_narrow(x.numpy())).view(torch.bfloat16)
     assert torch.equal(got.isnan(), x.isnan())
     assert torch.equal(got[~x.isnan()], x[~x.isnan()].bfloat16())
+
+
+def doubled(x):
+    for i in range(len(x)):
+        x[i] *= 2
+
+
+@pytest.mark.parametrize("trouble", ["no folder", "no room", "damaged"])
+def test_a_cache_that_cannot_be_used_is_done_without(
+    trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(folder))
+    if trouble == "no folder":
+        folder.write_text("")
+    elif trouble == "no room":
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        monkeypatch.setattr(IndexDataCacheFile, "save", Mock(side_effect=full))
+    else:
+        compiled.kernel("void(float32[::1])")(doubled)
+        (index,) = folder.rglob("*.nbi")
+        index.write_bytes(b"\\x80")
+    x = np.ones(3, np.float32)
+    compiled.kernel("void(float32[::1])")(doubled)(x)
+    assert x.tolist() == [2, 2, 2]
+
+
+def test_a_kernel_that_cannot_be_compiled_says_why() -> None:
+    with pytest.raises(numba.core.errors.TypingError):
+        compiled.kernel("void(float32)")(doubled)
