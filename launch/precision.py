@@ -42,10 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_intermixed_args(argv)
         config = load(arguments.config, arguments.overrides)
         _check_memory(arguments.config, config)
+        key, name = "precision.backend", config.precision.backend
+        if arguments.backend is not None:
+            key, name = "--backend", arguments.backend
         try:
-            choice = choose(arguments.backend, torch.device("cpu"))
+            choice = choose(name, torch.device("cpu"))
         except PrecisionError as error:
-            raise UsageError(f"--backend={arguments.backend}: {error}") from None
+            raise UsageError(f"{key}={name}: {error}") from None
         probes = measure(config, choice)
         print(json.dumps(_as_json(probes, choice)) if arguments.json else _as_text(probes, choice, config))
 
@@ -62,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, as train takes it")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument(
-        "--backend", default="auto", metavar="NAME", help=f"how FP8 products are made: auto, {', '.join(BACKENDS)}"
+        "--backend",
+        metavar="NAME",
+        help=f"how FP8 products are made: auto, {', '.join(BACKENDS)} (default: precision.backend)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

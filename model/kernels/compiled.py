@@ -99,9 +99,9 @@ def _rounded(x, like):
 
 @helper
 def exp(x: np.float32) -> np.float32:
-    """e^x within 1e-7 relative, held at e^-87 and e^88: e^x = 2^n e^r, n whole, |r| <= ln 2 / 2, and e^r by the
-    polynomial of the Cephes library."""
-    x = min(max(x, np.float32(-87.0)), np.float32(88.0))
+    """e^x within 1e-7 relative, held at e^-87 and infinite beyond e^88: e^x = 2^n e^r, n whole, |r| <= ln 2 / 2, and
+    e^r by the polynomial of the Cephes library."""
+    infinite, x = x > np.float32(88.0), min(max(x, np.float32(-87.0)), np.float32(88.0))
     n = (x * LOG2_E + ROUNDER) - ROUNDER
     r = x - n * LN2_HIGH - n * LN2_LOW
     p = np.float32(1.9875691500e-4)
@@ -111,7 +111,14 @@ def exp(x: np.float32) -> np.float32:
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
     p = p * r * r + r + np.float32(1.0)
-    return p * as_float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
+    power = p * as_float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
+    return np.float32(np.inf) if infinite else power
+
+
+@helper
+def scaled(x: np.float32, scale: np.float32, weight: np.float32) -> np.float32:
+    """In this order: the product of the last two may leave the range of FP32."""
+    return x * scale * weight
 
 
 @helper
@@ -189,7 +196,7 @@ def norm_forward(x_TD, weight_D, eps, y_TD, scale_T):
             total += wide(x_TD[t, d]) * wide(x_TD[t, d])
         scale = np.float32(1) / np.sqrt(total / np.float32(width) + eps)
         for d in range(width):
-            y_TD[t, d] = narrow(wide(x_TD[t, d]) * scale * weight_D[d])
+            y_TD[t, d] = narrow(scaled(wide(x_TD[t, d]), scale, weight_D[d]))
         scale_T[t] = scale
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from model.kernels.calls import array, by_rows
 from model.kernels.compiled import norm_backward, norm_forward
 
+BLOCK_ELEMENTS = 1 << 16
+
 
 def forward(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """[..., D] in BF16 -> the same shape and dtype, and the scales, FP32 [T]."""
@@ -28,12 +30,14 @@ def backward(x: Tensor, weight_D: Tensor, scale_T: Tensor, gy: Tensor) -> tuple[
     width = x.shape[-1]
     x_TD, gy_TD = (array(of.contiguous().view(-1, width)) for of in (x, gy))
     gx_TD, weight, scales = array(gx.view(-1, width)), array(weight_D.float()), array(scale_T)
-    parts: list[np.ndarray] = []
+    # Summed by blocks of rows that are the same however many threads there are, and so are the bits.
+    block = max(BLOCK_ELEMENTS // width, 1)
+    gweight_XD = np.zeros((-(-len(x_TD) // block), width), np.float32)
 
     def run(a: int, b: int) -> None:
-        gweight_D = np.zeros(width, np.float32)
-        parts.append(gweight_D)
-        norm_backward(x_TD[a:b], weight, scales[a:b], gy_TD[a:b], gx_TD[a:b], gweight_D)
+        for x in range(a, b):
+            rows = slice(x * block, (x + 1) * block)
+            norm_backward(x_TD[rows], weight, scales[rows], gy_TD[rows], gx_TD[rows], gweight_XD[x])
 
-    by_rows(len(x_TD), width, run)
-    return gx, torch.from_numpy(parts[0] if len(parts) == 1 else np.sum(parts, axis=0))
+    by_rows(len(gweight_XD), block * width, run)
+    return gx, torch.from_numpy(gweight_XD.sum(axis=0))

@@ -58,6 +58,7 @@ def test_the_table_names_layers_and_backend(arguments: list[str], capsys: pytest
     "more,message",
     [
         (["--backend", "scaled_mm"], "--backend=scaled_mm: FP8 backend scaled_mm needs a Hopper GPU (SM90)"),
+        (["precision.backend=scaled_mm"], "precision.backend=scaled_mm: FP8 backend scaled_mm needs a Hopper GPU"),
         (
             ["--backend", "fast"],
             "--backend=fast: FP8 backend 'fast' must be auto, reference, emulated, scaled_mm, triton",
