@@ -30,6 +30,7 @@ from launch.command import UsageError
 from launch.config import Config
 from launch.local import launch_config
 from launch.whole_file import write_whole
+from parallel.cores import own_cores
 from parallel.estimate.calibrate import kineto
 from parallel.estimate.calibrate.describe import Description, describe, describe_trace
 from parallel.estimate.calibrate.products import DTYPES, measured_products
@@ -122,7 +123,7 @@ def description_of(
         machine["multiprocessors"] = float(properties.multi_processor_count), read
         return describe(measured, workload, base, source, machine, own_peaks=False)
     machine["memory_gb"] = round(psutil.virtual_memory().total / local / 1e9, 3), f"{read}, shared by {local} ranks"
-    machine["cores_per_node"] = float(rank.cores()), read
+    machine["cores_per_node"] = float(len(own_cores())), read
     machine["multiprocessors"] = 1.0, "derived: a rank computes on one core at a time"
     machine["communication_multiprocessors"] = 0.0, "derived: communication is work of the same cores"
     machine["computing_busy"] = 1.0, "derived: gaps between operators are in the fixed parts"
@@ -154,7 +155,7 @@ def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
-    return f"{name}, {rank.cores()} cores"
+    return f"{name}, {len(own_cores())} cores"
 
 
 def _write(path: Path, text: str) -> None:

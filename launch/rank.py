@@ -16,6 +16,7 @@ from launch.config import Config, ConfigError
 from model.fp8.gemm import choose
 from parallel import deepep
 from parallel.activity import collective_timeout
+from parallel.cores import own_cores
 
 Result = TypeVar("Result")
 
@@ -67,7 +68,7 @@ def _device_of(config: Config, here: Place) -> torch.device:
 
 def prepare(config: Config, here: Place, device: torch.device) -> None:
     """Threads, memory and the process group."""
-    torch.set_num_threads(config.train.threads or max(1, cores() // here.local_world_size))
+    torch.set_num_threads(config.train.threads or max(1, len(own_cores()) // here.local_world_size))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -81,11 +82,6 @@ def prepare(config: Config, here: Place, device: torch.device) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
     else:
         dist.init_process_group("gloo", timeout=timeout)
-
-
-def cores() -> int:
-    """Those that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def store_of_the_job() -> Store:

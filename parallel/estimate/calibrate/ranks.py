@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from dualpipe.overlap import Part
+from parallel.cores import idle_share, own_cores
 from parallel.estimate.calibrate import links
-from parallel.estimate.calibrate.clock import Clock, idle_share, own_cores
+from parallel.estimate.calibrate.clock import Clock
 from parallel.estimate.calibrate.layers import LayerProbe, head_seconds
 from parallel.estimate.calibrate.products import (
     core_seconds,

@@ -10,7 +10,8 @@ import torch
 from dualpipe.overlap import Phase
 from dualpipe.program import Op
 from model.config import ModelConfig
-from parallel.estimate.calibrate.clock import Clock, idle_share, own_cores
+from parallel.cores import idle_share, own_cores
+from parallel.estimate.calibrate.clock import Clock
 from parallel.estimate.calibrate.describe import describe
 from parallel.estimate.calibrate.products import measured_products
 from parallel.estimate.calibrate.ranks import Measured, measure
