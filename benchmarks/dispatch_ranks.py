@@ -23,7 +23,8 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.exchange import Dispatched
-from model.fp8.quantise import SIZE, Quantised, dequantise
+from model.fp8 import SIZE
+from model.fp8.quantise import Quantised, dequantise
 from model.router import choose
 from parallel.exchange import DispatchLayout, GroupExchange
 from parallel.hop import Hop

@@ -10,12 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from launch import output
-from launch.aside import TargetError
-from launch.config import ConfigError
-from launch.data_source import DataError
-from launch.tokenizer import TokenizerError
-from model.huggingface import HuggingFaceError
-from parallel.checkpoint import CheckpointError
 
 
 class UsageError(ValueError):
@@ -29,16 +23,20 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-_USERS = (
-    UsageError,
-    TargetError,
-    ConfigError,
-    DataError,
-    TokenizerError,
-    HuggingFaceError,
-    CheckpointError,
-    output.OutputError,
-)
+def _is_users(error: Exception) -> bool:
+    """Whether it is about what the user gave. Some of these errors stand beside torch, which not every command needs
+    and which takes seconds to import."""
+    from launch.aside import TargetError
+    from launch.config import ConfigError
+    from launch.data_source import DataError
+    from launch.tokenizer import TokenizerError
+
+    if isinstance(error, (UsageError, ConfigError, DataError, TargetError, TokenizerError, output.OutputError)):
+        return True
+    from model.huggingface import HuggingFaceError
+    from parallel.checkpoint import CheckpointError
+
+    return isinstance(error, (HuggingFaceError, CheckpointError))
 
 
 def reported(command: Callable[[], None]) -> int:
@@ -47,7 +45,9 @@ def reported(command: Callable[[], None]) -> int:
     try:
         command()
         sys.stdout.flush()
-    except _USERS as error:
+    except Exception as error:
+        if not _is_users(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -15,6 +15,8 @@ from launch.config import Config, ConfigError, load
 from launch.config_file import read
 from parallel.estimate.fit import check
 from parallel.estimate.hardware import WHAT_IF, Cluster, changed, from_mapping, numbers
+from parallel.estimate.memory import active_parameters
+from parallel.estimate.operations import Operations
 from parallel.estimate.plan import Plan, Run, make_plan
 from parallel.estimate.search import search
 from parallel.estimate.spread import spread
@@ -147,8 +149,6 @@ _OF_THE_WORKLOAD: dict[str, Callable[[str], Any]] = {
 
 
 def _inputs(args: argparse.Namespace) -> tuple[Workload, Cluster, Run]:
-    from model.size import size  # needs torch
-
     config = load(args.config, args.overrides)
     if config.schedule.program is not None:
         raise UsageError(
@@ -162,8 +162,9 @@ def _inputs(args: argparse.Namespace) -> tuple[Workload, Cluster, Run]:
     for key, text in wanted.hardware.items():
         cluster = changed(cluster, key, text)
     every = config.checkpoint.every or None
-    run = Run(config.train.steps, every, size(config.model).active, _ramp(config))
-    return workload_of(config, wanted.workload), cluster, run
+    workload = workload_of(config, wanted.workload)
+    run = Run(config.train.steps, every, active_parameters(Operations(workload, cluster)), _ramp(config))
+    return workload, cluster, run
 
 
 def _ramp(config: Config) -> tuple[tuple[int, int], ...]:

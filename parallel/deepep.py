@@ -22,9 +22,9 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.exchange import Dispatched, Pending
-from model.fp8 import payload
+from model.fp8 import SIZE, payload
 from model.fp8.formats import E4M3
-from model.fp8.quantise import SIZE, Quantised, Scale, Tile, quantise
+from model.fp8.quantise import Quantised, Scale, Tile, quantise
 from parallel.activity import Activity
 from parallel.comm_stream import Chain, CommStream
 from parallel.hop import Bags, Traffic, awaited

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.fp8.quantise import SIZE, Quantised, Scale, Tile, dequantise, quantise
+from model.fp8 import SIZE
+from model.fp8.quantise import Quantised, Scale, Tile, dequantise, quantise
 from model.mlp import activate
 
 

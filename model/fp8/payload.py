@@ -9,8 +9,9 @@ payload again when it is quantised: dequantise and quantise then change no numbe
 import torch
 from torch import Tensor
 
+from model.fp8 import SIZE
 from model.fp8.formats import E4M3
-from model.fp8.quantise import SIZE, Quantised, Scale, Tile, quantise
+from model.fp8.quantise import Quantised, Scale, Tile, quantise
 
 
 def pack(x_TD: Tensor) -> Tensor:

@@ -17,19 +17,20 @@ T rows, D columns, E experts, X and Y tiles down and across.
 """
 
 import math
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from model.fp8 import SIZE
 from model.fp8.formats import E4M3, Format, decode, encode, round_to
 from model.kernels import tiles as kernels
 
 SMALLEST_SCALE = 2.0**-126
-SIZE = 128
-"""Length of a tile; products are promoted to FP32 after as many elements of K."""
 _CACHED = 1 << 18  # numbers that a pass works on: their FP32 operands stay in a core's cache
 
 
@@ -117,14 +118,16 @@ def _quantise_by_kernel(x_TD: Tensor, tile: Tile, scale: Scale, ends_E: Tensor |
     if tile is Tile.ROW:
         stored, scales = kernels.rows(x_TD, rounded)
     else:
-        stored, scales = kernels.columns(x_TD, _column_ends(len(x_TD), ends_E), rounded)
+        stored, scales = kernels.columns(
+            x_TD, _column_ends([len(x_TD)] if ends_E is None else ends_E.tolist()), rounded
+        )
     return Quantised(stored, scales, tile, E4M3, x_TD.shape[1], ends_E)
 
 
-def _column_ends(rows: int, ends_E: Tensor | None) -> list[int]:
-    """Where COLUMN tiles end."""
+def _column_ends(ends: Iterable[int]) -> list[int]:
+    """Where COLUMN tiles end that begin anew at each of ``ends``."""
     stops, start = [], 0
-    for stop in [rows] if ends_E is None else ends_E.tolist():
+    for stop in ends:
         stops += [*range(start + SIZE, stop, SIZE), stop] if start < stop else []
         start = stop
     return stops
@@ -227,13 +230,10 @@ def _ranges(length: int, size: int) -> Iterator[tuple[slice, int, slice]]:
 
 def _group_tiles(ends_E: Tensor) -> tuple[list[int], Tensor]:
     """(how many COLUMN tiles end with each expert, the tile of each row). On a GPU the host waits for ``ends_E``."""
-    ends, last_E, lengths = ends_E.tolist(), [0], []
-    for start, stop in zip([0, *ends[:-1]], ends, strict=True):
-        full, rest = divmod(stop - start, SIZE)
-        lengths += [SIZE] * full + [rest] * (rest > 0)
-        last_E.append(len(lengths))
-    tile_T = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=ends_E.device))
-    return last_E[1:], tile_T
+    ends = ends_E.tolist()
+    stops = _column_ends(ends)
+    lengths = torch.tensor([stop - start for start, stop in pairwise([0, *stops])], dtype=torch.int64)
+    return [bisect_right(stops, end) for end in ends], torch.repeat_interleave(lengths.to(ends_E.device))
 
 
 def quantise_reference(

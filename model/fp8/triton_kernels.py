@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.fp8 import SIZE
 from model.fp8.formats import E4M3
-from model.fp8.quantise import SIZE, Quantised, Scale, Tile
+from model.fp8.quantise import Quantised, Scale, Tile
 
 LARGEST = tl.constexpr(E4M3.largest)
 SMALLEST_SCALE = tl.constexpr(2.0**-126)

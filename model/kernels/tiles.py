@@ -7,13 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.fp8 import SIZE
 from model.kernels.calls import array, by_rows
 from model.kernels.compiled import quantise_columns, quantise_rows, widen_columns, widen_rows
 
 
 def rows(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     """FP32 or BF16 -> E4M3 in tiles of 1 x 128, and the scales."""
-    stored, scales_TY = _stored(x_TD), torch.empty(len(x_TD), -(-x_TD.shape[1] // 128))
+    stored, scales_TY = _stored(x_TD), torch.empty(len(x_TD), -(-x_TD.shape[1] // SIZE))
     x, codes, scales = array(x_TD.contiguous()), array(stored), array(scales_TY)
     by_rows(len(x), x.shape[1], lambda a, b: quantise_rows(x[a:b], power_of_two, codes[a:b], scales[a:b]))
     return stored, scales_TY
@@ -27,7 +28,7 @@ def columns(x_TD: Tensor, stop_X: list[int], power_of_two: bool) -> tuple[Tensor
     starts = np.concatenate([np.zeros(1, np.int64), stops[:-1]])[: len(stops)]
     by_rows(
         len(stops),
-        128 * x_TD.shape[1],
+        SIZE * x_TD.shape[1],
         lambda a, b: quantise_columns(x, starts[a:b], stops[a:b], power_of_two, codes, scales[a:b]),
     )
     return stored, scales_XD

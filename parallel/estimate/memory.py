@@ -6,11 +6,11 @@ group (``parallel/mesh.py``), which for routed experts is smaller by the expert-
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from model.fp8.quantise import SIZE
+from model.fp8 import SIZE
 from parallel.estimate.operations import Operations
 from parallel.estimate.peak import Placement
 from parallel.estimate.workload import Workload
@@ -75,6 +75,17 @@ def stage_parameters(operations: Operations, layers: Sequence[range]) -> list[St
             count += w.mtp
         found.append(StageParameters(own, count * routed, products))
     return found
+
+
+def active_parameters(operations: Operations) -> int:
+    """As ``model.size`` counts them on the model itself: those that one token is multiplied with, the routers' biases
+    included, without multi-token prediction."""
+    w, c = operations.workload, operations.workload.model
+    alone = replace(w, mtp=0, imbalance=1.0, layout=replace(w.layout, expert=1))
+    (whole,) = stage_parameters(Operations(alone, operations.cluster), [range(c.num_hidden_layers)])
+    biases = c.n_routed_experts * sum(map(c.is_moe, range(c.num_hidden_layers)))
+    reached = whole.routed // c.n_routed_experts * c.num_experts_per_tok
+    return whole.dense - c.vocab_size * c.hidden_size + reached + biases
 
 
 def layer_activation_bytes(workload: Workload, moe: bool) -> float:

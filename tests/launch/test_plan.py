@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from parallel.estimate.fit import check
 from parallel.estimate.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
+TINY = ROOT / "configs" / "tiny-cpu.yaml"
 V3 = str(ROOT / "configs" / "deepseek-v3.yaml")
 AS_TRAINED = ["--what-if", "recompute=norm+mla_up+swiglu,mtp=1"]
 KEYS = (
@@ -27,6 +30,13 @@ OF_A_RANK = "forward_s backward_s weight_s overlapped_s bubble_s optimizer_s mem
 def answer(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     assert main([V3, *options]) == 0
     return capsys.readouterr().out
+
+
+def test_a_plan_does_without_torch() -> None:
+    """Importing it, and the model beside it, would take longer than the plan."""
+    code = f"import sys; sys.modules['torch'] = None; from launch.plan import main; sys.exit(main(['{TINY}']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:

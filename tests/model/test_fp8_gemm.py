@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import model.fp8.gemm
+from model.fp8 import SIZE
 from model.fp8.gemm import BACKENDS, Choice, Emulated, Gemm, PrecisionError, Reference, ScaledMM, Triton, choose
-from model.fp8.quantise import SIZE, Quantised, Scale, Tile, dequantise, quantise
+from model.fp8.quantise import Quantised, Scale, Tile, dequantise, quantise
 
 ROUNDING = 2.0**-22
 """Of an FP32 sum, relative to the sum of its terms' magnitudes."""

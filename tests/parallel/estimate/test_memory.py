@@ -5,13 +5,15 @@ from typing import Literal
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from benchmarks.recompute import kept_bytes
 from model import filling
 from model.attention import core_inputs
 from model.config import ModelConfig, Recompute
 from model.size import size
-from parallel.estimate.memory import layer_activation_bytes, stage_parameters
+from parallel.estimate.memory import active_parameters, layer_activation_bytes, stage_parameters
 from parallel.estimate.operations import Operations
 from parallel.estimate.stages import stage_layers
 from parallel.estimate.workload import Workload
@@ -44,6 +46,17 @@ def test_parameters_are_those_of_the_model(expert: int) -> None:
     stages = stage_parameters(Operations(workload, H800), stage_layers(workload, 16))
     biases = 58 * 256  # of the routers: no gradient, no optimizer state
     assert sum(stage.dense + expert * stage.routed for stage in stages) == size(workload.model).total - biases
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 3), st.integers(0, 2), st.sampled_from([None, 24]), st.integers(1, 4), st.integers(0, 1))
+def test_active_parameters_are_those_of_the_model(
+    dense: int, shared: int, q_rank: int | None, k: int, mtp: int
+) -> None:
+    changes = dict(first_k_dense_replace=dense, n_shared_experts=shared, q_lora_rank=q_rank, num_experts_per_tok=k)
+    model = replace(PUBLISHED.model, num_hidden_layers=3, n_routed_experts=8, n_group=1, topk_group=1, **changes)
+    workload = replace(PUBLISHED, model=model, mtp=mtp, layout=Layout(pipeline=1, data=4, expert=4))
+    assert active_parameters(Operations(workload, H800)) == size(model).active
 
 
 def test_multi_token_prediction_adds_the_published_parameters() -> None:
