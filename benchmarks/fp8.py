@@ -264,6 +264,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7, help="measured turns of each contestant")
     parser.add_argument("--json", action="store_true", help="print one JSON object; the tables go to stderr")
     options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error(f"--rounds={options.rounds} must be at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         choice = choose(options.backend, device)

@@ -1,7 +1,7 @@
 """Whether FP8's loss follows BF16's: paired runs of a small model through DualPipe with expert parallelism.
 
     python -m benchmarks.fp8_loss [--seeds 12] [--svg docs/fp8_loss.svg]
-    python -m benchmarks.fp8_loss --report --json
+    python -m benchmarks.fp8_loss --report --results docs/fp8_loss.jsonl    # those of docs/fp8.md
 
 One seed proves nothing at this size: two BF16 runs that differ in one weight by 1e-4 drift as far apart as FP8 and
 BF16. So every seed, which draws the weights and the order of the text, trains three times (``fp8_loss.yaml``): in BF16,
@@ -49,6 +49,10 @@ class Interval:
         return f"{100 * self.mean:+.3f} %, 95 % interval {100 * self.low:+.3f} to {100 * self.high:+.3f} %"
 
 
+MARKS = ("settings", "text")
+"""What ``stamp`` says."""
+
+
 class ResultsError(ValueError):
     """A results file that these runs cannot go on with."""
 
@@ -60,8 +64,9 @@ def stamp(steps: int) -> dict[str, str]:
     return {"settings": hashlib.sha256(settings.encode()).hexdigest()[:12], "text": text[:12]}
 
 
-def read_results(file: Path, mark: dict[str, str], steps: int) -> Losses:
-    """The finished runs of ``steps`` steps. A last line that was cut short is not one, and is taken away."""
+def read_results(file: Path, mark: dict[str, str] | None, steps: int) -> Losses:
+    """The finished runs of ``steps`` steps, all with this ``mark``, or with that of the first. A last line that was cut
+    short is not one, and is taken away."""
     if not file.exists():
         return {}
     lines = file.read_bytes().splitlines(keepends=True)
@@ -71,6 +76,7 @@ def read_results(file: Path, mark: dict[str, str], steps: int) -> Losses:
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
+            mark = {key: entry[key] for key in MARKS} if mark is None else mark
             same = all(entry[key] == value for key, value in mark.items())
             run, count, loss = Run(entry["seed"], entry["variant"]), entry["steps"], entry["loss"]
         except (ValueError, TypeError, KeyError) as error:
@@ -168,23 +174,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=300, help="of a run; at least 50, of which the last count")
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"a line for each finished run ({RESULTS})")
     parser.add_argument("--svg", type=Path, help="draw the curves there")
-    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--report", action="store_true", help="run nothing, and say what the results file holds")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     options = parser.parse_args(arguments)
     if options.seeds < 1 or options.steps < LAST:
         parser.error(f"--seeds must be at least 1 and --steps at least {LAST}")
     try:
-        mark = stamp(options.steps)
+        if options.report and not options.results.exists():
+            raise ResultsError(f"--results={options.results} is not there; without --report it is begun")
+        mark = None if options.report else stamp(options.steps)
         losses = read_results(options.results, mark, options.steps)
         wanted = [Run(seed, variant) for seed in range(1, options.seeds + 1) for variant in VARIANTS]
-        if not options.report and (lacking := [run for run in wanted if run not in losses]):
+        if mark is not None and (lacking := [run for run in wanted if run not in losses]):
             run_all(lacking, options.steps, options.results, mark)
             losses = read_results(options.results, mark, options.steps)
     except (ResultsError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     result = summary(losses)
-    if options.svg is not None and "verdict" in result:
+    if options.svg is not None and "verdict" not in result:
+        print(f"--svg={options.svg} was not drawn: it needs two seeds", file=sys.stderr)
+    elif options.svg is not None:
         options.svg.write_text(svg({v: [losses[Run(s, v)] for s in result["seeds"]] for v in VARIANTS}, LAST))
     print(json.dumps(result)) if options.json else print_summary(result)
     return 0

@@ -1,6 +1,7 @@
 """What the FP8 loss experiment makes of its runs, without running any."""
 
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.fp8_loss import Interval, ResultsError, interval, read_results, summary, t_quantile, verdict
+from benchmarks.fp8_loss import Interval, ResultsError, interval, main, read_results, summary, t_quantile, verdict
 from benchmarks.fp8_loss_ranks import BY, MOVED, VARIANTS, Run, configuration, move_weight
 from benchmarks.loss_curves import svg
 from parallel.mesh import Layout
@@ -54,10 +55,29 @@ def test_results_go_on_after_a_line_that_was_cut_short(tmp_path: Path) -> None:
     file.write_text(entry() + entry(steps=70, seed=2) + entry(seed=3)[:40])
     assert list(read_results(file, MARK, 60)) == [Run(1, "fp8")]
     assert file.read_text() == entry() + entry(steps=70, seed=2)
+    assert list(read_results(file, None, 60)) == [Run(1, "fp8")]
+    file.write_text(entry() + entry(text="other"))
+    with pytest.raises(ResultsError, match="another text"):
+        read_results(file, None, 60)
     for bad, message in ((entry(text="other"), "another text"), ("{}\n", "line 1 is not a run")):
         file.write_text(bad)
         with pytest.raises(ResultsError, match=message):
             read_results(file, MARK, 60)
+
+
+def test_the_figures_of_the_document_are_those_of_its_losses(capsys: pytest.CaptureFixture[str]) -> None:
+    document = Path(__file__).parents[2] / "docs" / "fp8.md"
+    assert main(["--report", "--results", str(document.with_name("fp8_loss.jsonl"))]) == 0
+    found = re.findall(r": ([+-][0-9.]+) %, 95 % interval (-[0-9.]+) to ([+][0-9.]+) %", capsys.readouterr().out)
+    text = " ".join(document.read_text().split())
+    for mean, low, high in found:
+        assert f"{mean[1:]} % above" in text and f"{low} to {high} %" in text
+    assert len(found) == 2
+
+
+def test_a_report_of_nothing_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--report", "--results", str(tmp_path / "none")]) == 2
+    assert f"--results={tmp_path / 'none'} is not there" in capsys.readouterr().err
 
 
 def test_the_picture_has_a_curve_for_every_seed_and_their_means() -> None:
