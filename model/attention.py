@@ -188,7 +188,8 @@ class _CoreInputs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         values = keys_values.shape[-1] - nope
         ctx.nope, ctx.values, ctx.turns, ctx.dtype = nope, values, turns, query.dtype
-        if calls.serves(query) and _core_dtype(query) == torch.float32:
+        ctx.by_kernel = calls.serves(query) and _core_dtype(query) == torch.float32
+        if ctx.by_kernel:
             q, k, v = kernels.forward(query, keys_values, k_rope, turns, nope)
             return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         q, k = (query.new_empty(query.shape, dtype=_core_dtype(query)) for _ in range(2))
@@ -205,7 +206,7 @@ class _CoreInputs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gq, gk, gv = (g.transpose(1, 2) for g in grads)
         nope, turned_back = ctx.nope, ctx.turns.conj()
-        if ctx.dtype == torch.bfloat16 and gq.dtype == torch.float32 and gq.device.type == "cpu":
+        if ctx.by_kernel:
             return *kernels.backward(gq, gk, gv, ctx.turns, nope, ctx.values), None, None
         gquery = torch.empty(gq.shape, dtype=ctx.dtype, device=gq.device)
         gquery[..., :nope] = gq[..., :nope]

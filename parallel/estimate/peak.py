@@ -40,8 +40,7 @@ class Placement:
         self._first_R = np.cumsum([0, *(len(each) for each in fullest[:-1])])
 
     def peak_R(self, activation_bytes: Sequence[float], deferred_bytes: Sequence[float]) -> np.ndarray:
-        """The most that each rank holds, as ``held_bytes`` has it slot by slot. Both are of one micro-batch, by
-        stage."""
+        """The most that each rank holds, slot by slot. Both are of one micro-batch, by stage."""
         held_MC = self._counts_MC * np.array([*activation_bytes, *deferred_bytes])[self._place_MC]
         return np.maximum.reduceat(held_MC.sum(axis=1), self._first_R)
 
@@ -78,29 +77,3 @@ def _largest(moments: set[Counts]) -> list[Counts]:
         if not any(all(a >= b for a, b in zip(other, counts, strict=True)) for other in largest):
             largest.append(counts)
     return largest
-
-
-def held_bytes(
-    program: Program, rank: int, activation_bytes: Sequence[float], deferred_bytes: Sequence[float]
-) -> Iterator[tuple[float, float]]:
-    """(while a computing slot of the rank runs, behind it): the bytes of all micro-batches whose backward is not
-    complete. Both are of one micro-batch by stage; while an I runs, the larger."""
-    held = 0.0
-    for slot in program.slots[rank]:
-        match slot:
-            case Compute(Op.FORWARD, work):
-                during, change = activation_bytes[work.stage], activation_bytes[work.stage]
-            case Overlap(forward, backward):
-                during = activation_bytes[forward.stage]
-                change = during - activation_bytes[backward.stage]
-            case Compute(Op.BACKWARD, work):
-                during, change = 0.0, -activation_bytes[work.stage]
-            case Compute(Op.BACKWARD_INPUT, work):
-                change = deferred_bytes[work.stage] - activation_bytes[work.stage]
-                during = max(change, 0.0)
-            case Compute(Op.BACKWARD_WEIGHT, work):
-                during, change = 0.0, -deferred_bytes[work.stage]
-            case _:
-                continue
-        yield held + during, held + change
-        held += change

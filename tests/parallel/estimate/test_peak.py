@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualpipe import schedules
-from parallel.estimate.peak import Placement, held_bytes
+from parallel.estimate.peak import Placement
 from parallel.estimate.phases import runs
+from tests.parallel.estimate.walk import held_bytes
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,7 +13,7 @@ from model.attention import core_inputs
 from model.config import ModelConfig, Recompute
 from parallel.estimate.memory import activation_bytes, deferred_bytes, rank_memory, stage_parameters
 from parallel.estimate.operations import Operations
-from parallel.estimate.peak import Placement, held_bytes
+from parallel.estimate.peak import Placement
 from parallel.estimate.stages import stage_layers
 from parallel.estimate.step import step_program
 from parallel.estimate.workload import SELECTIVE, Workload
@@ -21,6 +21,7 @@ from parallel.mesh import Layout
 from parallel.optimizer_config import OptimizerConfig
 from parallel.worker import Job, Worker
 from tests.parallel.estimate.published import H800
+from tests.parallel.estimate.walk import held_bytes
 from tests.ranks import run_ranks
 
 MODEL = ModelConfig(
