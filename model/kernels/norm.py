@@ -11,6 +11,7 @@ from model.kernels.calls import array, by_rows
 from model.kernels.compiled import norm_backward, norm_forward
 
 BLOCK_ELEMENTS = 1 << 16
+"""Of the rows whose weight gradients are added up in one go."""
 
 
 def forward(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
