@@ -7,7 +7,7 @@ import re
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch import hosts, stop
@@ -112,12 +112,22 @@ def _told(soaked: Soaked) -> str:
     forward = statistics.median(soaked.forward_s) if soaked.forward_s else 0.0
     lines = [
         f"{soaked.steps} steps in {soaked.seconds / 60:.1f} min, {soaked.faults.total()} faults: {kinds}",
+        *_told_gaps(soaked),
         f"from a fault to the first forward {forward:.2f} s (median); at most {soaked.lost_steps} steps lost",
         f"effective training time {soaked.effective:.1%}; bits {'equal' if soaked.bitwise_equal else 'differ'}",
         *(f"    {problem}" for problem in soaked.problems),
         "FAILED" if soaked.problems else "passed",
     ]
     return "\n".join(lines)
+
+
+def _told_gaps(soaked: Soaked) -> Iterator[str]:
+    gaps = soaked.gaps_s
+    if gaps:
+        yield f"a fault every {min(gaps):.1f} to {max(gaps):.1f} s, every {statistics.median(gaps):.1f} s (median)"
+    for late in soaked.late:
+        forward = "no forward since" if late.forward_s is None else f"first forward after {late.forward_s:.1f} s"
+        yield f"    one {late.gap_s:.1f} s after the one before, a {late.after}: {forward}"
 
 
 def _drill_scenarios(arguments: argparse.Namespace) -> list[bool]:

@@ -83,17 +83,24 @@ class Action(enum.Enum):
 
 SAVING = (Point.SHARD, Point.PUBLISH)
 OF_A_CHECKPOINT = (*SAVING, Point.LOAD)
+BY_THE_CLOCK = (Point.FORWARD, Point.BACKWARD, Point.DISPATCH, Point.REDUCE, Point.OPTIMIZER)
+"""Where a fault may strike that is not bound to a step."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """``rank`` below 0 counts from the last one, as indices do; ``step`` counts from 1. ``times``: for SLOW only."""
+    """``rank`` below 0 counts from the last one, as indices do; ``step`` counts from 1. ``times``: for SLOW only.
+
+    With ``wait_seconds`` it strikes by the clock: at the point that comes next once so much time has gone by since the
+    fault before it in the plan struck, or since the first forward of the run. Then ``step`` counts from where the ranks
+    were last started, and is the first one that it may strike in."""
 
     action: Action
     rank: int
     step: int
     point: Point
     times: float = 1.0
+    wait_seconds: float = 0.0
 
     def happens_to(self, rank: int, world_size: int) -> bool:
         return rank == (self.rank if self.rank >= 0 else world_size + self.rank)
@@ -123,9 +130,21 @@ class Plan:
         return self.file.with_name(f"{self.file.name}.released")
 
     @property
+    def spared(self) -> Path:
+        """The file from which on no fault strikes that strikes by the clock."""
+        return self.file.with_name(f"{self.file.name}.spared")
+
+    @property
     def forwards(self) -> Path:
         """The file in which every rank that starts says when its first forward began, a line each."""
         return self.file.with_name(f"{self.file.name}.forwards")
+
+    def due(self, fault: Fault) -> float | None:
+        """When one that strikes by the clock may, in seconds of ``time.time``; None before that is known."""
+        place = self.faults.index(fault)
+        since = self.mark(self.faults[place - 1]) if place else self.forwards
+        first = since.read_text().split()[:1] if since.exists() else []
+        return float(first[0]) + fault.wait_seconds if first else None
 
     def check(self, config: Config) -> None:
         """Refuse a fault that would never happen to the run. Raises ConfigError."""
@@ -145,12 +164,15 @@ class Plan:
                 raise ConfigError(f"the fault {what} would never happen: nothing before it ends a rank")
             if (fault.action is Action.SKIP) != (fault.point is Point.GATHER):
                 raise ConfigError(f"the fault {what} would never happen: what is left out is a gather, and only that")
+            if fault.wait_seconds and (fault.point not in BY_THE_CLOCK or fault.action is Action.SLOW):
+                raise ConfigError(f"the fault {what} would never happen: no clock is looked at there")
         self._check_ranks(ranks)
 
     def _check_ranks(self, ranks: int) -> None:
         """Refuse two faults of one rank at once: the first would have ended it. Raises ConfigError."""
         for step in {fault.step for fault in self.faults}:
-            at_once = [fault.rank % ranks for fault in self.faults if fault.step == step]
+            planned = (fault for fault in self.faults if fault.step == step and not fault.wait_seconds)
+            at_once = [fault.rank % ranks for fault in planned]
             if len(set(at_once)) < len(at_once):
                 raise ConfigError(
                     f"{len(at_once)} faults must strike as many ranks; they strike {len(set(at_once))} of {ranks}"
@@ -173,4 +195,4 @@ def read(file: Path, run: Path) -> Plan:
 
 def _fault(values: Mapping[str, Any]) -> Fault:
     place = int(values["rank"]), int(values["step"]), Point[values["point"]]
-    return Fault(Action[values["action"]], *place, float(values["times"]))
+    return Fault(Action[values["action"]], *place, float(values["times"]), float(values["wait_seconds"]))

@@ -79,7 +79,7 @@ def arm(
     here = _Here(rank, worker, replica, checkpoints, current_step, lambda: plan.released.exists() or is_regrouping())
     for fault in plan.faults:
         if fault.happens_to(rank, config.layout.world_size):
-            _arm(fault, plan.mark(fault), here)
+            _arm(fault, plan, here)
 
 
 def _say_when_it_begins(file: Path, worker: Worker) -> None:
@@ -97,15 +97,16 @@ def _say_when_it_begins(file: Path, worker: Worker) -> None:
         _wrap(held.stage, _COMPUTING[Point.FORWARD], before=begin)
 
 
-def _arm(fault: Fault, mark: Path, here: _Here) -> None:
-    worker, step = here.worker, f"0*{fault.step}"
+def _arm(fault: Fault, plan: Plan, here: _Here) -> None:
+    worker, step, mark = here.worker, f"0*{fault.step}", plan.mark(fault)
+    is_due = _by_the_clock(fault, plan, here) if fault.wait_seconds else lambda: here.step() == fault.step
 
     def strike() -> None:
         if _first(mark):
             _act(fault.action, here)
 
     def reach() -> None:
-        if here.step() == fault.step:
+        if is_due():
             strike()
 
     match fault.point:
@@ -131,6 +132,21 @@ def _arm(fault: Fault, mark: Path, here: _Here) -> None:
             _on_file("open", re.compile(rf"/step-{step}/__[^/]*$"), strike)
         case _:
             raise AssertionError(fault.point)
+
+
+def _by_the_clock(fault: Fault, plan: Plan, here: _Here) -> Callable[[], bool]:
+    """Whether its time has come; asked from the first step of this start on."""
+    started: int | None = None
+
+    def is_due() -> bool:
+        nonlocal started
+        started = here.step() if started is None else started
+        if here.step() - started + 1 < fault.step or plan.mark(fault).exists() or plan.spared.exists():
+            return False
+        due = plan.due(fault)
+        return due is not None and time.time() >= due
+
+    return is_due
 
 
 def _slow_down(fault: Fault, mark: Path, here: _Here) -> None:

@@ -1,8 +1,8 @@
 """A run that random faults strike again and again: it has to come to the bits of one that nobody disturbed.
 
-The faults are drawn beforehand, from a seed, at steps that lie 20 to 40 seconds apart when steps take as long as those
-of a short run before. When the time is over the run is asked to stop, as a user would with SIGTERM, and a run without
-faults is stopped after the same step.
+The faults are drawn beforehand, from a seed, and strike by the clock, 20 to 40 seconds after each other; one that is
+due while the run still recovers strikes once that has taken a few steps again. When the time is over the run is asked
+to stop, as a user would with SIGTERM, and a run without faults is stopped after the same step.
 """
 
 import random
@@ -11,7 +11,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,11 @@ from launch.recovery_config import RecoveryConfig
 from launch.run_folder import RunFolder
 
 GAP_SECONDS = (20.0, 40.0)
-FEWEST_STEPS_BETWEEN = 5
-"""Between two faults: a hang is seen only where steps have been measured."""
+FIRST_STEP = 4
+"""Of a start, that a fault may strike in: before, steps have not been measured, as the watch for hangs needs them, and
+of the ranks that lost what memory held there may be one snapshot only."""
+HANG_FACTOR = 4.0
+"""``recovery.hang_factor``: where steps take seconds, ten of them are longer than faults are apart."""
 CALIBRATION_STEPS = 8
 ENDLESS_STEPS = 100_000
 CHECKPOINT_EVERY = 20
@@ -44,16 +47,28 @@ _KINDS = (
 )
 
 
+@dataclass(frozen=True)
+class Late:
+    """A fault that struck ``gap_s`` after the one before, which is more than planned: the run recovers first.
+    ``after``: the kind of the one before; ``forward_s``: from that to the first forward behind it."""
+
+    gap_s: float
+    after: str
+    forward_s: float | None
+
+
 @dataclass
 class Soaked:
-    """What a soak showed. ``faults``: those that happened, by kind; ``gaps_s``: from each to the next; ``forward_s``:
-    from each to the first forward behind it; ``lost_steps``: the most that were taken again after one;
-    ``training_s``: in steps that count, each once, of the ``seconds`` from the first forward to the end."""
+    """What a soak showed. ``faults``: those that happened, by kind; ``gaps_s``: from each to the next, and ``late``
+    those that are too long; ``forward_s``: from each to the first forward behind it; ``lost_steps``: the most that were
+    taken again after one; ``training_s``: in steps that count, each once, of the ``seconds`` from the first forward to
+    the end."""
 
     seconds: float
     steps: int
     faults: Counter[str]
     gaps_s: list[float]
+    late: list["Late"]
     forward_s: list[float]
     lost_steps: int
     training_s: float
@@ -73,6 +88,7 @@ class Soaked:
             "steps": self.steps,
             "faults": dict(self.faults),
             "fault_gaps_s": _spread(self.gaps_s),
+            "late_faults": [asdict(late) for late in self.late],
             "forward_s": _spread(self.forward_s),
             "lost_steps": self.lost_steps,
             "effective_training_time": round(self.effective, 4),
@@ -89,15 +105,15 @@ def _spread(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def draw_faults(draw: random.Random, ranks: int, seconds: float, step_seconds: float) -> tuple[Fault, ...]:
-    """Faults at random for so long, every kind as likely; twice as many as the time holds, for steps get faster."""
+    """Faults at random for so long, every kind as likely. From when one is due it may take a step until a rank comes
+    to its point."""
     faults: list[Fault] = []
-    step, until = 0.0, 2 * seconds / step_seconds
-    while True:
-        step += max(FEWEST_STEPS_BETWEEN, draw.uniform(*GAP_SECONDS) / step_seconds)
-        if step > until:
-            return tuple(faults)
+    soonest, latest = GAP_SECONDS[0], max(GAP_SECONDS[0] + 1, GAP_SECONDS[1] - step_seconds)
+    while sum(fault.wait_seconds for fault in faults) < seconds:
         action, points = draw.choice(_KINDS)
-        faults.append(Fault(action, draw.randrange(ranks), round(step), draw.choice(points)))
+        place = draw.randrange(ranks), FIRST_STEP, draw.choice(points)
+        faults.append(Fault(action, *place, wait_seconds=draw.uniform(soonest, latest)))
+    return tuple(faults)
 
 
 def soak(config: Config, folder: Path, seconds: float, seed: int) -> Soaked:
@@ -132,7 +148,9 @@ class Ran:
 
 def _soaked(config: Config, folder: Path, steps: int = ENDLESS_STEPS, restarts: int = 0) -> Config:
     """The user's configuration, for as many steps as it takes, with what recovers from faults where there are any."""
-    guard = RecoveryConfig(max_restarts=restarts, replicate_every=1, hang_factor=10.0) if restarts else RecoveryConfig()
+    guard = RecoveryConfig()
+    if restarts:
+        guard = RecoveryConfig(max_restarts=restarts, replicate_every=1, hang_factor=HANG_FACTOR)
     every = config.checkpoint.every or CHECKPOINT_EVERY
     return replace(
         config,
@@ -145,16 +163,19 @@ def _soaked(config: Config, folder: Path, steps: int = ENDLESS_STEPS, restarts: 
 
 
 def _run(config: Config, folder: Path, faults: tuple[Fault, ...] = (), seconds: float | None = None) -> Ran:
-    """Train to the end, or until a step was done after so many ``seconds``; not with a fault in the two steps that may
-    follow."""
-    plan, began, near = Plan(folder / PLAN_FILE, faults), time.monotonic(), {fault.step for fault in faults}
-    before = 0
+    """Train to the end, or until so many ``seconds`` are over. Then nothing strikes any more; but before the run is
+    asked to stop it takes two steps, of which what has struck lets it take one at most."""
+    plan, began = Plan(folder / PLAN_FILE, faults), time.monotonic()
+    spared_at: int | None = None
 
     def is_due(steps: int) -> bool:
-        nonlocal before
-        fresh, before = before and steps > before, steps
-        over = seconds is not None and time.monotonic() - began > seconds
-        return bool(over and fresh and near.isdisjoint((steps + 1, steps + 2)))
+        nonlocal spared_at
+        if seconds is None or time.monotonic() - began <= seconds:
+            return False
+        if spared_at is None:
+            plan.spared.touch()
+            spared_at = steps
+        return steps >= spared_at + 2
 
     with Drive(config, plan) as drive:
         attempt = drive.start(None if seconds is None else signal.SIGTERM, is_due, POLL_SECONDS)
@@ -165,7 +186,9 @@ def judge(ran: Ran, wanted: Ending) -> Soaked:
     entries, events = read_jsonl(ran.folder.metrics_file), ran.folder.events.entries()
     end = ending(ran.folder, len(entries))
     happened = [(fault, when) for fault, when in zip(ran.faults, ran.struck, strict=True) if when is not None]
-    struck = [when for _, when in happened]
+    struck, kinds = [when for _, when in happened], [_kind(fault) for fault, _ in happened]
+    forward_s = [first_after(when, ran.forwards) for when in struck]
+    gaps_s = [round(after - before, 2) for before, after in pairwise(struck)]
     began = min(ran.forwards, default=ran.attempt.began)
     lost, problems = _taken_again(events), []
     if ran.attempt.status != ASKED:
@@ -186,14 +209,19 @@ def judge(ran: Ran, wanted: Ending) -> Soaked:
     return Soaked(
         seconds=ran.attempt.ended - began,
         steps=len(entries),
-        faults=Counter(fault.action.name.lower().replace("_", " ") for fault, _ in happened),
-        gaps_s=[after - before for before, after in pairwise(struck)],
-        forward_s=[seconds for when in struck if (seconds := first_after(when, ran.forwards)) is not None],
+        faults=Counter(kinds),
+        gaps_s=gaps_s,
+        late=[Late(*gap) for gap in zip(gaps_s, kinds, forward_s, strict=False) if gap[0] > GAP_SECONDS[1]],
+        forward_s=[seconds for seconds in forward_s if seconds is not None],
         lost_steps=lost,
         training_s=sum(entry["step_seconds"] for entry in entries),
         bitwise_equal=end == wanted,
         problems=problems,
     )
+
+
+def _kind(fault: Fault) -> str:
+    return fault.action.name.lower().replace("_", " ")
 
 
 def _not_named(happened: Sequence[tuple[Fault, float]], events: Sequence[dict[str, Any]]) -> list[str]:
@@ -203,7 +231,7 @@ def _not_named(happened: Sequence[tuple[Fault, float]], events: Sequence[dict[st
     for fault, when in happened:
         after = next((e for at, e in failures if at >= when - 0.001), None)  # they are written in milliseconds
         if after is None or after["rank"] != fault.rank or fault.action.shows_as not in after["cause"]:
-            problems.append(f"{fault.action.name} of rank {fault.rank} in step {fault.step} was not named")
+            problems.append(f"{_kind(fault)} of rank {fault.rank} at {fault.point.value} was not named")
     if len(failures) != len(happened):
         problems.append(f"{len(failures)} failures were told of, and {len(happened)} happened")
     return problems

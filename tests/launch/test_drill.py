@@ -143,6 +143,7 @@ FAULTS = st.builds(
     st.integers(1, 1000),
     st.sampled_from(Point),
     st.floats(1, 100),
+    st.floats(0, 100),
 )
 
 
@@ -176,6 +177,7 @@ def test_a_plan_that_was_left_in_the_environment_stops_any_other_run(tmp_path: P
         (Fault(Action.KILL, 0, 3, Point.LOAD), "checkpoint.every=2"),
         (Fault(Action.KILL, 0, 6, Point.LOAD), "nothing before it ends a rank"),
         (Fault(Action.SKIP, 0, 6, Point.FORWARD), "what is left out is a gather, and only that"),
+        (Fault(Action.KILL, 0, 6, Point.SHARD, wait_seconds=9.0), "no clock is looked at there"),
     ],
 )
 def test_a_fault_that_would_never_happen_is_refused(fault: Fault, rule: str) -> None:
