@@ -6,7 +6,8 @@ The ranks of CONFIG's layout (configs/tiny-cpu.yaml: pipeline 4 x data 2, expert
 1 train the same model from the same weights on the same batches, one thread each, with micro-batches of the same size.
 All are started once and stay; they take turns, a few steps at a time, while the others sleep on a pipe. A rank's CPU
 time is user and system time of all its threads (getrusage), gloo's included, from before its steps to after them; a
-step's is the sum over the ranks. Waiting costs none: nothing here spins.
+step's is the sum over the ranks. Waiting costs none: nothing here spins. The first steps of a run touch memory that
+its processes never had before, which the kernel has to find and clear: measuring begins where that has ended.
 
 The ranks keep every core busy, one process keeps one, and cores slow each other down (caches, memory, clock) without a
 word being said between processes. So the baseline is measured twice: alone, and as one of as many strangers as there
@@ -38,16 +39,20 @@ from launch.config import Config, ConfigError, load
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny-cpu.yaml"
 TIMEOUT_S = 600
+SETTLED_FAULTS, MOST_WARM_UP = 500, 16
+"""Pages that a rank may touch for the first time in a step of a run under way (some milliseconds of its CPU time), and
+the steps after which it is measured whatever it touches."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What steps cost: CPU seconds outside and inside the kernel, context switches, the last step's loss, and the wall
-    seconds."""
+    """What steps cost: CPU seconds outside and inside the kernel, context switches, pages touched for the first time,
+    the last step's loss, and the wall seconds."""
 
     user_s: float
     system_s: float
     switches: int
+    faults: int
     loss: float
     wall_s: float
 
@@ -83,9 +88,16 @@ class Group:
             sum(u.user_s for u in each) / share,
             sum(u.system_s for u in each) / share,
             sum(u.switches for u in each) // share,
+            sum(u.faults for u in each) // share,
             each[0].loss,
             max(u.wall_s for u in each) / count,
         )
+
+    def warm_up(self) -> None:
+        """Run steps until every rank has the memory that they take."""
+        for _ in range(MOST_WARM_UP):
+            if self.steps(1).faults * self.copies <= SETTLED_FAULTS * self.world:
+                return
 
     def top_operators(self) -> str:
         """One step of rank 0, by operator."""
@@ -168,43 +180,45 @@ def _serve(pipe: Connection, config: Config, store: Path, rank: int) -> None:
             losses = [step() for _ in range(steps)]
             after = resource.getrusage(resource.RUSAGE_SELF)
             switches = after.ru_nvcsw + after.ru_nivcsw - before.ru_nvcsw - before.ru_nivcsw
+            faults = after.ru_minflt - before.ru_minflt
             user, system = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
             wall = time.perf_counter() - start
-            pipe.send((None, Usage(user, system, switches, losses[-1], wall)))
+            pipe.send((None, Usage(user, system, switches, faults, losses[-1], wall)))
     except BaseException:
         pipe.send((traceback.format_exc(), None))
 
 
 def compare(config: Config, rounds: int, steps: int, profile: bool, console: Console) -> dict[str, Any]:
-    """All sides in turns; the first turn of each is a warm-up."""
+    """All sides in turns, each warmed up before."""
     alone = replace(config, layout=replace(config.layout, pipeline=1, data=1, expert=1))
     cores = min(len(os.sched_getaffinity(0)), config.layout.world_size)
     wanted = {"ranks": (config, 1), "single": (alone, 1), "busy": (alone, cores)}
     with started(list(wanted.values())) as groups:
         contestants = dict(zip(wanted, groups, strict=True))
         usages: dict[str, list[Usage]] = {name: [] for name in contestants}
-        for turn in range(rounds + 1):
+        for group in groups:
+            group.warm_up()
+        for turn in range(rounds):
             for name in contestants if turn % 2 else reversed(contestants):
                 usages[name].append(contestants[name].steps(steps))
         if profile:
             for name, group in contestants.items():
                 console.print(f"{name}: one step of rank 0 by operator\n{group.top_operators()}", soft_wrap=True)
-    measured = {name: of[1:] for name, of in usages.items()}
     by_round = {
-        against: [r.cpu_s / s.cpu_s for r, s in zip(measured["ranks"], measured[against], strict=True)]
+        against: [r.cpu_s / s.cpu_s for r, s in zip(usages["ranks"], usages[against], strict=True)]
         for against in ("single", "busy")
     }
-    cpu = {name: statistics.median(u.cpu_s for u in of) for name, of in measured.items()}
+    cpu = {name: statistics.median(u.cpu_s for u in of) for name, of in usages.items()}
     return {
         "precision": config.precision.compute,
         "world_size": config.layout.world_size,
         "tokens_a_step": config.train.global_batch_size * config.train.sequence_length,
         "microbatches": {"ranks": config.microbatches, "single": alone.microbatches},
         "cpu_s": cpu,
-        "user_s": {name: statistics.median(u.user_s for u in of) for name, of in measured.items()},
-        "system_s": {name: statistics.median(u.system_s for u in of) for name, of in measured.items()},
-        "switches": {name: statistics.median(u.switches for u in of) for name, of in measured.items()},
-        "last_loss": {name: of[-1].loss for name, of in measured.items()},
+        "user_s": {name: statistics.median(u.user_s for u in of) for name, of in usages.items()},
+        "system_s": {name: statistics.median(u.system_s for u in of) for name, of in usages.items()},
+        "switches": {name: statistics.median(u.switches for u in of) for name, of in usages.items()},
+        "last_loss": {name: of[-1].loss for name, of in usages.items()},
         "cores": cores,
         "ratio_by_round": by_round,
         "ratio": {against: cpu["ranks"] / cpu[against] for against in by_round},

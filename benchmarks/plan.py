@@ -4,7 +4,8 @@
 
 The operations of configs/tiny-cpu.yaml are measured on its eight ranks (``dualpipe plan --calibrate``), before and
 after the steps, and the mean of both is what plans are made with. The steps are those of the runtime's worker, on
-random tokens, one thread a rank; the layouts take turns. No layout's step enters any prediction.
+random tokens, one thread a rank; the layouts take turns. Their first steps, in which heaps still grow, are not counted.
+No layout's step enters any prediction.
 
 On a machine that is not idle the wall time of a step says more about the neighbours; CPU time, summed over the ranks,
 does not count them. Both are predicted.
@@ -100,15 +101,15 @@ def calibrated(config: Config) -> Cluster:
 
 
 def steps(configs: Sequence[Config], rounds: int) -> list[list[Usage]]:
-    """For each configuration its steps, one a round; the first round is a warm-up."""
+    """For each configuration its steps, one a round, warmed up before."""
     found: list[list[Usage]] = [[] for _ in configs]
     with started([(config, 1) for config in configs]) as groups:
-        for turn in range(rounds + 1):
+        for group in groups:
+            group.warm_up()
+        for turn in range(rounds):
             order = range(len(configs)) if turn % 2 else reversed(range(len(configs)))
             for place in order:
-                used = groups[place].steps(1)
-                if turn:
-                    found[place].append(used)
+                found[place].append(groups[place].steps(1))
     return found
 
 
