@@ -1,10 +1,20 @@
 """Tells a hang from a slow step, from beside the ranks, and says who is to blame.
 
 Every rank writes down what it is doing ten times a second (``parallel/activity.py``), in memory that the launcher
-holds. A hang is a training step in which no rank has come further, from one slot of the program to the next, for
-``recovery.hang_factor`` times the median step, and at least a second: a step that is long because its batch has grown
-has more slots, and is none. Between steps, while a checkpoint is written or the model validated, nothing is a hang:
-those take as long as they take, and ``train.timeout_seconds`` is their limit.
+holds. How long nothing may come of that depends on what else there is to see of the rank to blame:
+
+- The kernel has it as stopped by a signal, and it has written nothing for a second: that is no slow step, whatever it
+  was doing.
+- In a step all others wait, and it computes, as it says; but whenever one looks, all of its threads are asleep. Then it
+  does not do the work on a processor that takes its time, and is measured by that: it hangs when it has not come back,
+  and no rank further from one slot of the program to the next, for ``recovery.hang_factor`` times the longest that it
+  lately computed without a wait, and at least a second.
+- Otherwise it may be slow: it works, or waits for a core or a disk, or all wait for each other. It hangs when no rank
+  has come further for ``recovery.hang_factor`` times the median step, and at least a second: a step that is long
+  because its batch has grown has more slots, and is none.
+
+Between steps, while a checkpoint is written or the model validated, nothing but a stopped rank is a hang: those take
+as long as they take, and ``train.timeout_seconds`` is their limit.
 
 Where the ranks are those of several nodes, each launcher sees its own. A rank that is silent it knows without the
 others. Otherwise it tells them what its ranks do once none of them comes further (``Elsewhere``); when all have told
@@ -14,20 +24,23 @@ that, all judge alike, from the same records, and the rank to blame is ended by 
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from launch.memory_file import MemoryFile
-from parallel.activity import COMPUTING, Blame, judge, judge_living
+from launch.process_state import ProcessState, state_of
+from parallel.activity import COMPUTING, Blame, blame_silent, judge, judge_living
 
 BEAT_SECONDS = 0.1
 SHORTEST_SECONDS = 1.0
 """No step hangs sooner than this."""
 SILENT_SECONDS = 0.5
 """A rank that wrote nothing for so long is stopped, or does not get to run."""
+ASLEEP_SECONDS = 0.5
+"""A rank that was asleep at every look for so long does no work on a processor."""
 LONGEST_GAP_SECONDS = 0.25
 """Of the time between two looks, no more counts: a watch that was itself stopped, with the ranks or with the whole
 machine, has seen nothing."""
@@ -113,21 +126,53 @@ class Hang:
     words: str
 
 
+@dataclass(frozen=True)
+class Limit:
+    """How long no rank may come further, and by what measure, in words."""
+
+    seconds: float
+    words: str
+
+
 class Watch:
     """Looks at one attempt of a run, every fraction of a second. ``factor``: ``recovery.hang_factor``. With ranks
     ``elsewhere`` it blames one that waits only when nobody there comes further either; and one that computes only when
-    no other node has found one that is silent, which says more."""
+    no other node has found one that is silent, which says more. ``state_of`` a process: what the kernel says of it."""
 
-    def __init__(self, factor: float, elsewhere: Elsewhere | None = None) -> None:
-        self._factor, self._elsewhere = factor, elsewhere
+    def __init__(
+        self,
+        factor: float,
+        elsewhere: Elsewhere | None = None,
+        state_of: Callable[[int, Collection[int]], ProcessState] = state_of,
+    ) -> None:
+        self._factor, self._elsewhere, self._state_of = factor, elsewhere, state_of
         self._looked: float | None = None
         self._seen_seconds = 0.0
         self._progress: tuple[Any, ...] = ()
         self._progress_at = 0.0
         self._before: deque[tuple[float, Readings]] = deque()
+        self._beats: dict[int, tuple[int, float]] = {}
+        self._late: int | None = None
+        self._awake_at = 0.0
 
     def look(self, now: float, readings: Readings) -> Hang | None:
         """``readings``: of all ranks, at ``now``, in seconds of a clock that only goes forward."""
+        self._note(now, readings)
+        lasted, limit = self._seen_seconds - self._progress_at, self._limit(readings)
+        stuck = limit is not None and lasted > limit.seconds
+        blame = self._stopped(readings)
+        if blame is not None:
+            why = f"it wrote nothing for {SHORTEST_SECONDS:g} s"
+        elif limit is not None and stuck:
+            blame = self._judge(readings, lasted - limit.seconds)
+            why = f"no rank came further for {lasted:.1f} s, where {limit.words}"
+        here = {rank: readings[rank]["pid"] for rank in (blame.ranks if blame else ()) if rank in readings}
+        if self._elsewhere is not None:
+            self._elsewhere.tell_stuck(readings if stuck and not here else None)
+        return Hang(here, f"{blame.words}; {why}") if blame is not None and here else None
+
+    def _note(self, now: float, readings: Readings) -> None:
+        """What is seen at this look."""
         gap = 0.0 if self._looked is None else now - self._looked
         self._looked = now
         self._seen_seconds += min(gap, LONGEST_GAP_SECONDS)
@@ -138,18 +183,53 @@ class Watch:
         self._before.append((self._seen_seconds, readings))
         while len(self._before) > 1 and self._before[1][0] <= self._seen_seconds - SILENT_SECONDS:
             self._before.popleft()
+        for rank, record in readings.items():
+            if self._beats.get(rank, (None, 0.0))[0] != record["beat"]:
+                self._beats[rank] = record["beat"], self._seen_seconds
+        self._note_late(readings)
+
+    def _note_late(self, readings: Readings) -> None:
+        """The one rank that the others wait for, and when it last was anything but asleep: looked at only where it may
+        soon hang."""
+        computing = [rank for rank, record in readings.items() if record["operation"] == COMPUTING]
+        late = computing[0] if len(computing) == 1 else None
+        soon = self._seen_seconds - self._progress_at > SHORTEST_SECONDS - ASLEEP_SECONDS
+        if late is None or late != self._late or not soon or self._state(readings[late]) is not ProcessState.ASLEEP:
+            self._late, self._awake_at = late, self._seen_seconds
+
+    def _state(self, record: Mapping[str, Any]) -> ProcessState:
+        return self._state_of(record["pid"], record["beat_threads"])
+
+    def _stopped(self, readings: Readings) -> Blame | None:
+        """The ranks that were stopped long enough, if there are such."""
+        silent = self._silent_for(readings, SHORTEST_SECONDS)
+        stopped = [rank for rank in silent if self._state(readings[rank]) is ProcessState.STOPPED]
+        return blame_silent(stopped, readings, ProcessState.STOPPED.value) if stopped else None
+
+    def _silent_for(self, readings: Readings, seconds: float) -> list[int]:
+        return [rank for rank in readings if self._seen_seconds - self._beats[rank][1] > seconds]
+
+    def _limit(self, readings: Readings) -> Limit | None:
+        """None where there is nothing to measure by."""
         medians = [m for record in readings.values() if (m := record["median_step_seconds"]) is not None]
-        lasted = self._seen_seconds - self._progress_at
-        longest = max(SHORTEST_SECONDS, self._factor * max(medians, default=0.0))
-        stuck = bool(medians) and lasted > longest
-        blame = self._judge(readings, lasted - longest) if stuck else None
-        here = {rank: readings[rank]["pid"] for rank in (blame.ranks if blame else ()) if rank in readings}
-        if self._elsewhere is not None:
-            self._elsewhere.tell_stuck(readings if stuck and not here else None)
-        if blame is None or not here:
+        if not medians:
             return None
-        words = f"{blame.words}; no rank came further for {lasted:.1f} s, where a step takes {max(medians):.2g} s"
-        return Hang(here, words)
+        step = max(medians)
+        by_step = Limit(max(SHORTEST_SECONDS, self._factor * step), f"a step takes {step:.2g} s")
+        by_stretch = self._limit_asleep(readings)
+        return by_step if by_stretch is None else min(by_stretch, by_step, key=lambda limit: limit.seconds)
+
+    def _limit_asleep(self, readings: Readings) -> Limit | None:
+        """By what the late rank usually computes, if it sleeps instead, in a step, and has for that long."""
+        if self._late is None or self._seen_seconds - self._awake_at < ASLEEP_SECONDS:
+            return None
+        late = readings[self._late]
+        stretch, silent = late["longest_stretch_seconds"], self._silent_for(readings, SILENT_SECONDS)
+        if stretch is None or silent or not late["stepping"]:
+            return None
+        seconds = max(SHORTEST_SECONDS, self._factor * stretch)
+        words = f"it computes {stretch:.2g} s at most without a wait, and it is asleep"
+        return Limit(seconds, words) if late["seconds"] > seconds else None
 
     def _judge(self, readings: Readings, overdue: float) -> Blame | None:
         """Who is to blame, here or elsewhere; None while it cannot be known."""

@@ -25,9 +25,11 @@ class RecoveryConfig:
     """Steps between two comparisons of all copies of the parameters (parallel/flips.py), apart from those before each
     checkpoint that is due, which that at a stop is not; 0 makes none."""
     hang_factor: float = 0.0
-    """A step in which no rank comes further for so many median steps, and at least a second, hangs: the rank that is
-    to blame is named and killed, as if it had died. 0 leaves hangs to train.timeout_seconds; otherwise at least 2, and
-    Linux and the launcher of ``dualpipe train``: under torchrun nobody watches."""
+    """A step in which no rank comes further for so many median steps, and at least a second, hangs: the rank that is to
+    blame is named and killed, as if it had died. One that sleeps instead of computing has so many times the longest
+    that it lately computed without a wait, and one that is stopped by a signal has a second. 0 leaves hangs to
+    train.timeout_seconds; otherwise at least 2, and Linux and the launcher of ``dualpipe train``: under torchrun nobody
+    watches."""
     slow_factor: float = 0.0
     """Times as long as it should that a rank computes, over some steps, to be reported as slow (launch/slow.py); nobody
     is stopped for it. 0 reports nobody; otherwise above 1, such as 1.5."""

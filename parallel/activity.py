@@ -96,6 +96,9 @@ class Activity:
         self._since = time.monotonic()
         self._turns = 0
         self._step_seconds: deque[float] = deque(maxlen=STEPS_KEPT)
+        self._longest_stretches: deque[float] = deque(maxlen=STEPS_KEPT)
+        self._longest_stretch = 0.0
+        self._beat_threads: list[int] = []
         self._steps = 0
         self.step, self.stepping = 0, False
         self.ending = threading.Event()
@@ -108,23 +111,34 @@ class Activity:
     def in_step(self, step: int) -> Iterator[None]:
         """In the context this rank takes a training step, which takes about as long as the others."""
         start = time.monotonic()
-        self.step, self.stepping = step, True
+        self.computes("the start of the step")
+        self.step, self.stepping, self._longest_stretch = step, True, 0.0
         yield
+        self._end_stretch(time.monotonic())
         self.stepping = False
         self._steps += 1
         if self._steps > 1:
             self._step_seconds.append(time.monotonic() - start)
+            self._longest_stretches.append(self._longest_stretch)
 
     def computes(self, what: Any) -> None:
         """From here on this rank is in ``what``, until it waits or is in something else."""
-        self._computing, self._since = what, time.monotonic()
+        self._end_stretch(time.monotonic())
+        self._computing = what
         self._turns += 1
+
+    def _end_stretch(self, now: float) -> None:
+        """A stretch is what a rank computes without a wait, and without turning to something else."""
+        self._longest_stretch = max(self._longest_stretch, now - self._since)
+        self._since = now
 
     @contextmanager
     def waiting(self, operation: str, peers: Sequence[int]) -> Iterator[None]:
         """In the context this rank waits for other ranks. Raises LostPeer for what torch.distributed raises in it."""
-        outer, others = self._waiting, tuple(peer for peer in peers if peer != self.rank)
-        self._waiting = Record(operation, others, time.monotonic())
+        outer, others, now = self._waiting, tuple(peer for peer in peers if peer != self.rank), time.monotonic()
+        if outer is None:
+            self._end_stretch(now)
+        self._waiting = Record(operation, others, now)
         try:
             with self.compute_time.waits() if outer is None else nullcontext():
                 yield
@@ -133,6 +147,8 @@ class Activity:
         except RuntimeError as error:
             raise self._lost(operation, others, error) from error
         finally:
+            if outer is None:
+                self._since = time.monotonic()
             self._waiting = outer
 
     @contextmanager
@@ -163,21 +179,28 @@ class Activity:
         write(json.dumps(self.record(0)))
         over = threading.Event()
         record = weakref.WeakMethod(self.record)
-        threading.Thread(target=_beat, args=(record, write, over, seconds), daemon=True).start()
+        thread = threading.Thread(target=_beat, args=(record, write, over, seconds), daemon=True)
+        thread.start()
+        assert thread.native_id is not None
+        self._beat_threads.append(thread.native_id)
         weakref.finalize(self, over.set)
 
     def record(self, beat: int) -> dict[str, Any]:
-        """What is published. ``turns``: how often the rank has turned to another computation; ``seconds``: in
-        ``operation``; ``peers``: the first of them; ``median_step_seconds``: None before the third step."""
+        """What is published. ``beat_threads``: of the process ``pid``, those that publish; ``turns``: how often the
+        rank has turned to another computation; ``seconds``: in ``operation``, for one that computes since it turned to
+        that or last waited; ``peers``: the first of them; ``median_step_seconds``, and ``longest_stretch_seconds``, the
+        most that it computed without a wait: of the last steps, None before the third."""
         waiting, computing, now = self._waiting, self._computing, time.monotonic()
-        steps = list(self._step_seconds)
+        steps, stretches = list(self._step_seconds), list(self._longest_stretches)
         return {
             "beat": beat,
             "pid": os.getpid(),
+            "beat_threads": list(self._beat_threads),
             "step": self.step,
             "stepping": self.stepping,
             "turns": self._turns,
             "median_step_seconds": statistics.median(steps) if len(steps) > 1 else None,
+            "longest_stretch_seconds": round(max(stretches), 6) if len(stretches) > 1 else None,
             "computing": self._describe(computing),
             "operation": COMPUTING if waiting is None else waiting.operation,
             "peers": [] if waiting is None else waiting.peers[:PEERS_PUBLISHED],
@@ -217,12 +240,15 @@ def judge(
     lives and waits, and none can be told from the others. ``reader``: the rank that reads, which is no silent one even
     if it was stopped until now."""
     silent = tuple(rank for rank in after if rank != reader and after[rank]["beat"] == before[rank]["beat"])
-    if silent:
-        last = after[silent[0]]
-        seen = f"{last['operation']} ({last['computing']}, step {last['step']})"
-        names = f"ranks {', '.join(map(str, silent))} are" if len(silent) > 1 else f"rank {silent[0]} is"
-        return Blame(silent, f"{names} silent, dead or stopped, last heard of in {seen}", silent=True)
-    return judge_living(after)
+    return blame_silent(silent, after, "dead or stopped") if silent else judge_living(after)
+
+
+def blame_silent(silent: Sequence[int], records: Mapping[int, Mapping[str, Any]], why: str) -> Blame:
+    """``records``: what they wrote last."""
+    last = records[silent[0]]
+    seen = f"{last['operation']} ({last['computing']}, step {last['step']})"
+    names = f"ranks {', '.join(map(str, silent))} are" if len(silent) > 1 else f"rank {silent[0]} is"
+    return Blame(tuple(silent), f"{names} silent, {why}, last heard of in {seen}", silent=True)
 
 
 def judge_living(after: Mapping[int, Mapping[str, Any]]) -> Blame | None:

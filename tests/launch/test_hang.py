@@ -1,7 +1,9 @@
 """A hang is told from a slow step, a pause and a rest between steps; and the right rank is named."""
 
+import itertools
 import json
 import os
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.hang import (
+    ASLEEP_SECONDS,
     ELSEWHERE_SECONDS,
     LONGEST_GAP_SECONDS,
     SHORTEST_SECONDS,
@@ -19,10 +22,20 @@ from launch.hang import (
     Watch,
 )
 from launch.nodes import stuck
+from launch.process_state import ProcessState
 from parallel.activity import COMPUTING, Activity
 
 LOOK_SECONDS = 0.05
 RANKS = 3
+StateOf = Callable[[int, Collection[int]], ProcessState]
+
+
+def at_work(process: int, besides: Collection[int]) -> ProcessState:
+    return ProcessState.AT_WORK
+
+
+def only(process: int, state: ProcessState) -> StateOf:
+    return lambda other, besides: state if other == process else ProcessState.AT_WORK
 
 
 class Node:
@@ -43,10 +56,12 @@ def record(beat: int, step: int = 7, operation: str = "dispatch", **changes: Any
     return {
         "beat": beat,
         "pid": 100,
+        "beat_threads": [],
         "step": step,
         "stepping": True,
         "turns": 0,
         "median_step_seconds": 0.2,
+        "longest_stretch_seconds": 0.02,
         "computing": "F1.0",
         "operation": operation,
         "peers": [],
@@ -56,10 +71,10 @@ def record(beat: int, step: int = 7, operation: str = "dispatch", **changes: Any
 
 
 def watched(
-    seconds: float, readings: Any, factor: float = 10.0, watch: Watch | None = None
+    seconds: float, readings: Any, factor: float = 10.0, watch: Watch | None = None, state_of: StateOf = at_work
 ) -> tuple[float, Hang] | None:
     """What the watch sees in so many seconds: when, and what. ``readings(beat)``: of all ranks."""
-    watch = watch or Watch(factor)
+    watch = watch or Watch(factor, state_of=state_of)
     for look in range(int(seconds / LOOK_SECONDS)):
         now = look * LOOK_SECONDS
         found = watch.look(now, readings(int(10 * now)))
@@ -72,7 +87,7 @@ def everyone(beat: int, **changes: Any) -> dict[int, dict[str, Any]]:
     return {rank: record(beat, pid=100 + rank, **changes) for rank in range(RANKS)}
 
 
-def test_a_stopped_rank_is_named_after_ten_median_steps() -> None:
+def test_a_silent_rank_is_named_after_ten_median_steps() -> None:
     def readings(beat: int) -> Readings:
         return everyone(beat) | {2: record(3, pid=102, computing="B0.4")}
 
@@ -95,6 +110,119 @@ def test_a_rank_that_computes_while_others_wait_is_named_and_a_quick_step_hangs_
     assert found[1].processes == {0: 100} and "rank 0 did not come" in found[1].words
 
 
+@pytest.mark.parametrize(
+    "where",
+    [{}, {"median_step_seconds": None, "longest_stretch_seconds": None}, {"stepping": False}],
+    ids=["in a step", "in its first steps", "between steps"],
+)
+def test_a_rank_that_the_kernel_has_as_stopped_is_named_after_a_second(where: dict[str, Any]) -> None:
+    def readings(beat: int) -> Readings:
+        return everyone(beat, turns=beat, **where) | {2: record(min(beat, 3), pid=102, computing="B0.4", **where)}
+
+    found = watched(10, readings, state_of=only(102, ProcessState.STOPPED))
+    assert found is not None
+    when, hang = found
+    assert 0.3 + SHORTEST_SECONDS < when < 0.3 + SHORTEST_SECONDS + 3 * LOOK_SECONDS
+    assert hang.processes == {2: 102}
+    assert hang.words.startswith("rank 2 is silent, stopped by a signal, last heard of in dispatch (B0.4, step 7)")
+    assert watched(10, readings) is None, "it may only not have got to run"
+
+
+def test_a_rank_that_is_stopped_again_and_again_is_no_hang() -> None:
+    def readings(beat: int) -> Readings:
+        return everyone(beat) | {2: record(beat // 8, pid=102, turns=beat // 8)}
+
+    assert watched(60, readings, state_of=only(102, ProcessState.STOPPED)) is None
+
+
+ASLEEP = only(100, ProcessState.ASLEEP)
+
+
+def late(beat: int, **changes: Any) -> Readings:
+    """All wait for rank 0, which computes since the beginning."""
+    return everyone(beat) | {0: record(beat, pid=100, operation=COMPUTING, **changes)}
+
+
+@pytest.mark.parametrize(
+    ("stretch", "step", "hangs_after"),
+    [(0.02, 0.2, SHORTEST_SECONDS), (0.15, 20.0, 1.5), (0.5, 20.0, 5.0), (5.0, 2.0, 20.0)],
+)
+def test_a_late_rank_that_sleeps_is_measured_by_what_it_usually_computes(
+    stretch: float, step: float, hangs_after: float
+) -> None:
+    def readings(beat: int) -> Readings:
+        return late(beat, longest_stretch_seconds=stretch, median_step_seconds=step)
+
+    found = watched(60, readings, state_of=ASLEEP)
+    assert found is not None
+    assert hangs_after < found[0] < hangs_after + 0.3, "never later than by the step"
+    assert found[1].processes == {0: 100} and "rank 0 did not come" in found[1].words
+
+
+def at_times() -> StateOf:
+    """At work whenever it has nearly been asleep for long enough."""
+    asleep = int(ASLEEP_SECONDS / LOOK_SECONDS) - 1
+    states = itertools.cycle([ProcessState.ASLEEP] * asleep + [ProcessState.AT_WORK])
+    return lambda process, besides: next(states)
+
+
+@pytest.mark.parametrize(
+    ("why", "readings", "state_of"),
+    [
+        ("it works", late, at_work),
+        ("it works at times", late, at_times()),
+        ("not yet in the step", lambda beat: late(beat, stepping=False), ASLEEP),
+        ("nothing to measure by", lambda beat: late(beat, longest_stretch_seconds=None), ASLEEP),
+        ("it just began", lambda beat: late(beat, seconds=0.5), ASLEEP),
+        ("another computes too", lambda beat: late(beat) | {1: record(beat, operation=COMPUTING)}, ASLEEP),
+        ("another is silent", lambda beat: late(beat) | {2: record(0, pid=102)}, ASLEEP),
+        ("it waits", everyone, ASLEEP),
+    ],
+)
+def test_without_proof_that_it_sleeps_for_nobody_a_step_is_the_measure(
+    why: str, readings: Callable[[int], Readings], state_of: StateOf
+) -> None:
+    found = watched(10, readings, state_of=state_of)
+    assert found is not None and 2.0 < found[0] < 2.3, why
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.01, 60), st.sampled_from(ProcessState)), min_size=1, max_size=30),
+    st.floats(0.2, 3),
+    st.floats(0.001, 0.2),
+    st.floats(2, 20),
+)
+def test_no_operation_within_its_limit_is_a_hang_whatever_the_kernel_says(
+    operations: list[tuple[float, ProcessState]], step: float, stretch: float, factor: float
+) -> None:
+    """Rank 0 computes for so long, all others wait; it writes down what it does all the while."""
+    by_step, by_stretch = max(SHORTEST_SECONDS, factor * step), max(SHORTEST_SECONDS, factor * min(stretch, step))
+    most = [by_stretch if state is ProcessState.ASLEEP else by_step for _, state in operations]
+    lasts = [min(seconds, limit - 0.15) for (seconds, _), limit in zip(operations, most, strict=True)]
+    ends = [sum(lasts[: n + 1]) for n in range(len(lasts))]
+    measures = {"median_step_seconds": step, "longest_stretch_seconds": stretch}
+
+    def at(now: float) -> int:
+        return sum(end <= now for end in ends)
+
+    def readings(beat: int) -> Readings:
+        turns = at(0.1 * beat)
+        began = ends[turns - 1] if turns else 0.0
+        return everyone(beat, **measures) | {
+            0: record(beat, pid=100, operation=COMPUTING, turns=turns, seconds=0.1 * beat - began, **measures)
+        }
+
+    now = 0.0
+
+    def state_of(process: int, besides: Collection[int]) -> ProcessState:
+        return operations[min(at(now), len(operations) - 1)][1]
+
+    watch = Watch(factor, state_of=state_of)
+    while now < min(ends[-1], 120.0):
+        assert watch.look(now, readings(int(10 * now + 1e-9))) is None
+        now += LOOK_SECONDS
+
+
 def test_where_part_of_the_job_is_seen_only_who_is_here_for_sure_is_named() -> None:
     def stopped(beat: int) -> Readings:
         return everyone(beat) | {2: record(3, pid=102)}
@@ -102,10 +230,10 @@ def test_where_part_of_the_job_is_seen_only_who_is_here_for_sure_is_named() -> N
     def computing(beat: int) -> Readings:
         return everyone(beat) | {0: record(beat, pid=100, operation=COMPUTING, seconds=0.1 * beat)}
 
-    assert watched(60, everyone, watch=Watch(10.0, Node())) is None, "they wait for a rank of another node"
-    found = watched(10, stopped, watch=Watch(10.0, Node()))
+    assert watched(60, everyone, watch=Watch(10.0, Node(), at_work)) is None, "they wait for a rank of another node"
+    found = watched(10, stopped, watch=Watch(10.0, Node(), at_work))
     assert found is not None and found[0] < 2.3 and found[1].processes == {2: 102}
-    found = watched(10, computing, watch=Watch(10.0, Node()))
+    found = watched(10, computing, watch=Watch(10.0, Node(), at_work))
     assert found is not None and found[0] > 2.0 + ELSEWHERE_SECONDS and found[1].processes == {0: 100}
 
 
@@ -114,7 +242,7 @@ def test_where_all_wait_the_launcher_of_the_rank_to_blame_ends_it_and_no_other_d
     nodes = Node(range(2)), Node(range(2, 4))
     for node, other in (nodes, nodes[::-1]):
         node.other = other
-    watches = [Watch(10.0, node) for node in nodes]
+    watches = [Watch(10.0, node, at_work) for node in nodes]
 
     def readings(beat: int) -> Readings:
         others = [rank for rank in range(4) if rank != culprit]
@@ -137,7 +265,7 @@ def test_where_all_wait_the_launcher_of_the_rank_to_blame_ends_it_and_no_other_d
 def test_ranks_that_wait_are_not_to_blame_while_any_elsewhere_comes_further() -> None:
     here, there = Node(range(2)), Node(range(2, 4))
     here.other, there.other = there, here
-    watches = Watch(10.0, here), Watch(10.0, there)
+    watches = Watch(10.0, here, at_work), Watch(10.0, there, at_work)
     for look in range(1000):
         now, beat = LOOK_SECONDS * look, int(10 * LOOK_SECONDS * look)
         assert watches[0].look(now, {rank: record(beat, pid=rank) for rank in here.ranks}) is None
@@ -173,7 +301,7 @@ def test_what_is_no_step_or_has_no_measure_yet_is_no_hang() -> None:
 
 
 def test_a_watch_that_was_stopped_with_the_ranks_blames_nobody() -> None:
-    watch = Watch(10.0)
+    watch = Watch(10.0, state_of=at_work)
     assert watched(1, everyone, watch=watch) is None
     # The machine slept for an hour; then all go on.
     for look in range(10):
@@ -193,7 +321,7 @@ def test_the_board_has_what_a_rank_does() -> None:
         readings = board.read(range(2))
         assert readings is not None
         assert readings[0]["operation"] == COMPUTING and not readings[0]["stepping"]
-        assert (readings[1]["operation"], readings[1]["turns"], readings[1]["step"]) == ("dispatch", 1, 5)
+        assert (readings[1]["operation"], readings[1]["turns"], readings[1]["step"]) == ("dispatch", 2, 5)
         assert readings[1]["stepping"] and readings[1]["pid"] == os.getpid()
         assert list(board.read(range(6, 7)) or ()) == [6], "a smaller layout has fewer ranks on a node"
         assert board.watched(10.0, range(2))(0.0) is None and board.read(range(2)) is None, (

@@ -183,3 +183,32 @@ def test_without_a_store_the_line_says_with_whom() -> None:
     broken = pytest.raises(LostPeer, match=r"^receiving A1.0 with rank 4: the connection broke$")
     with broken, Activity(0).waiting("receiving A1.0", [4]):
         raise RuntimeError("Connection closed by peer")
+
+
+def test_what_a_rank_computes_without_a_wait_is_measured_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    activity = Activity(0)
+
+    def lasts(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    for step, computed in enumerate((50.0, 3.0, 2.0)):
+        activity.computes("checkpoint")
+        lasts(100)
+        with activity.in_step(step):
+            lasts(1)
+            activity.computes("F0.0")
+            lasts(computed)
+            with activity.waiting("dispatch", [1]):
+                lasts(20)
+                with activity.waiting("dispatch", [1]):
+                    lasts(20)
+                lasts(20)
+            lasts(1.5)
+            assert activity.record(0)["seconds"] == 1.5
+            activity.computes("B0.0")
+            lasts(2.5)
+        wanted = 3.0 if step == 2 else None
+        assert activity.record(0)["longest_stretch_seconds"] == wanted, "the first step warms up"
