@@ -2,10 +2,13 @@
 
     python -m benchmarks.plan [--rounds 4] [--json]
 
-The operations of configs/tiny-cpu.yaml are measured on its eight ranks (``dualpipe plan --calibrate``), before and
-after the steps, and the mean of both is what plans are made with. The steps are those of the runtime's worker, on
-random tokens, one thread a rank; the layouts take turns. Their first steps, in which heaps still grow, are not counted.
-No layout's step enters any prediction.
+The operations of configs/tiny-cpu.yaml are measured (``dualpipe plan --calibrate``) on as many ranks as a layout has:
+what a rank's share of a core does depends on how many share it. The steps are those of the runtime's worker, on random
+tokens, one thread a rank; the first ones, in which heaps still grow, are not counted. No layout's step enters any
+prediction.
+
+A machine is faster in one minute than in the next. So calibrations and the layouts' steps take turns, the median of
+the predictions stands beside the median of the steps.
 
 On a machine that is not idle the wall time of a step says more about the neighbours; CPU time, summed over the ranks,
 does not count them. Both are predicted.
@@ -17,7 +20,6 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,7 +29,7 @@ from benchmarks.pipeline_overhead import CONFIG, Usage, started
 from launch.calibrate import description_of, measure_here
 from launch.config import Config, load
 from launch.plan import read_cluster, workload_of
-from parallel.estimate.hardware import Cluster, from_mapping, numbers
+from parallel.estimate.hardware import Cluster, from_mapping
 from parallel.estimate.plan import Plan, Run, make_plan
 
 LAYOUTS: dict[str, list[str]] = {
@@ -69,70 +71,57 @@ class Row:
 
 
 def compare(rounds: int) -> list[Row]:
-    """Calibrate, measure in turns, calibrate again, predict."""
+    """Calibrations and steps in turns, a calibration first and last."""
     configs = {name: load(str(CONFIG), overrides) for name, overrides in LAYOUTS.items()}
-    usual = next(iter(configs.values()))
-    before = calibrated(usual)
-    usages = steps(list(configs.values()), rounds)
-    cluster = _mean(before, calibrated(usual))
-    rows = []
-    for (name, config), used in zip(configs.items(), usages, strict=True):
-        plan, apart = (_plan(config, each) for each in (cluster, replace(cluster, cores_per_node=1e6)))
-        rows.append(
-            Row(
-                name,
-                plan.step_seconds,
-                statistics.median(each.wall_s for each in used),
-                sum(rank.makespan - rank.bubble_s for rank in _work(apart)) * config.layout.data,
-                statistics.median(each.cpu_s for each in used),
-            )
-        )
-    return rows
+    worlds = {config.layout.world_size for config in configs.values()}
+    # The same layers, in as many stages as make that many ranks.
+    usual = {world: load(str(CONFIG), [f"layout.pipeline={world // 2}"]) for world in worlds}
+    clusters: dict[int, list[Cluster]] = {world: [] for world in worlds}
+    usages: dict[str, list[Usage]] = {name: [] for name in configs}
+
+    def calibrate() -> None:
+        for world, config in usual.items():
+            clusters[world].append(calibrated(config))
+
+    with started([(config, 1) for config in configs.values()]) as groups:
+        for group in groups:
+            group.warm_up()
+        for turn in range(rounds):
+            calibrate()
+            turns = list(zip(configs, groups, strict=True))
+            for name, group in turns if turn % 2 else reversed(turns):
+                usages[name].append(group.steps(1))
+        calibrate()
+    return [_row(name, config, clusters[config.layout.world_size], usages[name]) for name, config in configs.items()]
 
 
 def calibrated(config: Config) -> Cluster:
     """This machine, as the ranks of a configuration find it."""
     workload, base = workload_of(config), read_cluster("h800")
     ranks = config.layout.world_size
-    measured = measure_here(config, workload, base, ranks)
+    measured = measure_here(config, workload, base, ranks, rounds=1)
     description = description_of(measured, workload, base, torch.device("cpu"), ranks, ranks)
     description.pop("like")
     return from_mapping("here", description, base)
 
 
-def steps(configs: Sequence[Config], rounds: int) -> list[list[Usage]]:
-    """For each configuration its steps, one a round, warmed up before."""
-    found: list[list[Usage]] = [[] for _ in configs]
-    with started([(config, 1) for config in configs]) as groups:
-        for group in groups:
-            group.warm_up()
-        for turn in range(rounds):
-            order = range(len(configs)) if turn % 2 else reversed(range(len(configs)))
-            for place in order:
-                found[place].append(groups[place].steps(1))
-    return found
+def _row(name: str, config: Config, clusters: Sequence[Cluster], used: Sequence[Usage]) -> Row:
+    return Row(
+        name,
+        statistics.median(_plan(config, cluster).step_seconds for cluster in clusters),
+        statistics.median(each.wall_s for each in used),
+        statistics.median(_work(_plan(config, replace(cluster, cores_per_node=1e6))) for cluster in clusters),
+        statistics.median(each.cpu_s for each in used),
+    )
 
 
-@dataclass(frozen=True)
-class _Rank:
-    makespan: float
-    bubble_s: float
-
-
-def _work(plan: Plan) -> list[_Rank]:
-    return [_Rank(plan.step_seconds, seconds.bubble_s) for seconds in plan.seconds]
+def _work(apart: Plan) -> float:
+    """CPU seconds of all ranks, from a plan that gives each of them a core."""
+    return sum(apart.step_seconds - rank.bubble_s for rank in apart.seconds) * apart.workload.layout.data
 
 
 def _plan(config: Config, cluster: Cluster) -> Plan:
     return make_plan(workload_of(config), cluster, Run(1, None, 1))
-
-
-def _mean(one: Cluster, other: Cluster) -> Cluster:
-    values: dict[str, Any] = {key: (getattr(one, key) + getattr(other, key)) / 2 for key in numbers()}
-    points = [
-        a._replace(efficiency=(a.efficiency + b.efficiency) / 2) for a, b in zip(one.gemm, other.gemm, strict=True)
-    ]
-    return replace(one, gemm=tuple(points), **values)
 
 
 def main(arguments: list[str] | None = None) -> int:

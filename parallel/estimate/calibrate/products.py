@@ -26,10 +26,14 @@ OPTIMIZER_ELEMENTS = 1 << 21
 
 
 def measured_products(workload: Workload, base: Cluster) -> list[Product]:
-    """Those of the workload, grouped ones apart from others, and a large one of each format for its peak."""
+    """Those of the workload, grouped ones apart from others, and a large one of each format for its peak. Weight
+    gradients of all experts on one rank too: what they take beyond their products is told from a layer that has them
+    all, and an expert's gradient costs its FP32 sum however few its rows are."""
     every_kind = replace(base, gemm=tuple(Gemm(kind, 1, 1, 1, 1.0) for kind in KINDS))
     large = (Product(kind, LARGE, LARGE, LARGE) for kind in DTYPES)
-    return sorted({*products_of(workload, every_kind), *large})
+    alone = replace(workload, layout=replace(workload.layout, expert=1))
+    by_expert = (product for product in products_of(alone, every_kind) if product.kind.endswith("_grouped_wgrad"))
+    return sorted({*products_of(workload, every_kind), *by_expert, *large})
 
 
 def product_seconds(product: Product, device: torch.device, clock: Clock) -> float:
