@@ -7,8 +7,8 @@ Of a tile with largest magnitude a, and M the largest number of the format:
     x̂ = q · s
 
 so s is always a normal number with a normal inverse, a tile of zeros gives zeros, and magnitudes too small for the tile
-become subnormal numbers of the format or zero. A tile that holds an infinity or NaN has s = NaN, and all of it reads as
-NaN. Scales come from the tensor itself, not from its history.
+become subnormal numbers of the format or zero. A tile that holds an infinity or NaN has s = NaN (0x7FC00000), and all
+of it is and reads as NaN. Scales come from the tensor itself, not from its history.
 
 Tiles: ROW 1 x 128 (a token, 128 channels), COLUMN 128 x 1 (128 tokens, a channel), BLOCK 128 x 128 (weights). At the
 end of a row or column they are smaller. COLUMN tiles of rows sorted by expert begin anew at each expert.
@@ -194,7 +194,7 @@ def scale_of(amax: Tensor, scale: Scale, to: Format) -> Tensor:
     s = (amax / to.largest).clamp_min_(SMALLEST_SCALE)
     if scale is Scale.POWER_OF_TWO:  # carry any bit of the mantissa into the exponent
         s = s.view(torch.int32).add_(0x7FFFFF).bitwise_and_(0x7F800000).view(torch.float32)
-    return s.add_(amax - amax)  # NaN for an infinity and NaN
+    return torch.where(amax.isfinite(), s, torch.nan)
 
 
 def _passes(x: Tensor, tile: Tile) -> Iterator[tuple[slice, slice]]:

@@ -40,8 +40,8 @@ def _e4m3(x):
     normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
     # Below the normal numbers the last bit is worth 2^-9, as is FP32's own from 2^14 on.
     subnormal = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-    code = tl.minimum(tl.where(magnitude < 0x3C800000, subnormal, normal), 0x7F)
-    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+    code = tl.where(magnitude < 0x3C800000, subnormal, normal)
+    return tl.where(x == x, code | ((bits >> 24) & 0x80), 0x7F).to(tl.uint8)
 
 
 @triton.jit

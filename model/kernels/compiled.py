@@ -21,6 +21,8 @@ LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 ROUNDER = np.float32(1.5 * 2.0**23)
 """Added and taken away again, it rounds a small FP32 number to a whole one."""
 TILE = 128
+INFINITY, NAN = np.uint32(0x7F800000), np.uint32(0x7FC00000)
+"""Their bits."""
 E4M3_LARGEST, SMALLEST_SCALE = np.float32(448), np.float32(2.0**-126)
 SUBNORMAL_ROUNDER = np.float32(2.0**14)
 """Added, it rounds a number below 2^-6 to multiples of 2^-9, which are then the last bits."""
@@ -268,7 +270,7 @@ def tile_scale(largest: np.uint32, power_of_two: bool) -> np.float32:
     scale = max(amax / E4M3_LARGEST, SMALLEST_SCALE)
     if power_of_two:
         scale = as_float((as_bits(scale) + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000))
-    return scale + (amax - amax)
+    return scale if largest < INFINITY else as_float(NAN)
 
 
 @exact_helper
@@ -279,8 +281,7 @@ def e4m3(x: np.float32) -> np.uint8:
     normal = ((bits + np.uint32(0x7FFFF) + odd) >> np.uint32(20)) - np.uint32(120 << 3)
     subnormal = as_bits(as_float(bits) + SUBNORMAL_ROUNDER) - as_bits(SUBNORMAL_ROUNDER)
     code = subnormal if bits < np.uint32(121 << 23) else normal
-    code = np.uint32(0x7F) if bits > np.uint32(0x7F800000) else code
-    return np.uint8(code | sign)
+    return np.uint8(code | sign if bits <= INFINITY else np.uint32(0x7F))
 
 
 @exact_helper

@@ -79,28 +79,49 @@ def odd_values(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator) * rows * columns * keep
 
 
+def spoil(x: Tensor, generator: torch.Generator) -> Tensor:
+    """With infinities and NaN of every kind here and there."""
+    bits = torch.tensor([0x7F800000, -0x800000, 0x7FC00000, -0x400000, 0x7FFFFFFF, -1], dtype=torch.int32)
+    drawn = bits.view(torch.float32)[torch.randint(0, len(bits), x.shape, generator=generator)]
+    return torch.where(torch.rand(x.shape, generator=generator) < 1e-3, drawn, x)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """NaN included."""
+    of = torch.uint8 if a.element_size() == 1 else torch.int32
+    return torch.equal(a.view(of), b.view(of))
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 300), st.integers(0, 300), tiles, scales, st.sampled_from([E4M3, E5M6]), st.booleans(), seeds)
 def test_the_fast_path_is_the_definition(
     height: int, width: int, tile: Tile, scale: Scale, to: Format, narrow: bool, seed: int
 ) -> None:
-    x = odd_values(torch.Generator().manual_seed(seed), height, width)
+    generator = torch.Generator().manual_seed(seed)
+    x = spoil(odd_values(generator, height, width), generator)
     x = x.bfloat16() if narrow else x
     got = quantise(x, tile, scale, to)
     q, s = quantise_reference(x, tile, scale, to)
-    assert torch.equal(got.scales, s)
-    assert torch.equal(decode(got.stored, to, width), q)
+    assert same_bits(got.scales, s) and same_bits(got.stored, encode(q, to))
     whole = s.repeat_interleave(tile.value[0], 0)[:height].repeat_interleave(tile.value[1], 1)[:, :width]
-    assert torch.equal(dequantise(got), q * whole)
+    torch.testing.assert_close(dequantise(got), q * whole, rtol=0, atol=0, equal_nan=True)
     assert_operators_agree(x, got, scale)
 
 
 def assert_operators_agree(x: Tensor, got: Quantised, scale: Scale) -> None:
     """A CPU's kernels and the operators that serve every other device."""
     same = _quantise_by_operators(x, got.tile, scale, got.format, got.ends_E)
-    assert torch.equal(same.scales, got.scales)
-    assert torch.equal(same.stored.view(torch.uint8), got.stored.view(torch.uint8))
-    assert torch.equal(_dequantise_by_operators(got), dequantise(got))
+    assert same_bits(same.scales, got.scales) and same_bits(same.stored, got.stored)
+    assert same_bits(_dequantise_by_operators(got), dequantise(got))
+
+
+def test_nan_has_one_code_and_one_scale() -> None:
+    x = torch.tensor([[-1, 0x7FFFFFFF, -0x800000, 0x3F800000]], dtype=torch.int32).view(torch.float32)
+    for scale in Scale:
+        for to, code in ((E4M3, [0x7F] * 4), (E5M6, [0xE0, 0x07, 0x7E] * 2)):
+            q = quantise(x, Tile.ROW, scale, to)
+            assert q.stored.view(torch.uint8).tolist() == [code]
+            assert q.scales.view(torch.int32).tolist() == [[0x7FC00000]]
 
 
 rows_by_expert = st.lists(st.integers(0, 300), min_size=1, max_size=4)
