@@ -20,7 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from launch.command import UsageError
 from launch.config import Config, ConfigError, load
+from launch.precision import check_memory
 from model.config import ModelConfig
 from model.fp8.assign import AFTER_ATTENTION, PLAIN, recipes, set_precision
 from model.fp8.gemm import Emulated
@@ -34,6 +36,8 @@ from parallel.worker import Job, Worker
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny-cpu.yaml"
 SCALES = 4 / 128
 """Bytes of the FP32 scales, for each number in 1 x 128 tiles; more where a row ends in a smaller tile."""
+BYTES_A_PARAMETER = 18
+"""Of a measured model: the 15 of FP8 that are held, and what comes and goes."""
 TOKENS = 128
 PRECISIONS = ("bf16", "fp8")
 
@@ -47,21 +51,24 @@ def held_bytes(config: Config) -> list[dict[str, Any]]:
     ]
     rows.append({"held": "weights in FP8 blocks", "predicted": {"bf16": 0.0, "fp8": _blocks_a_parameter(config.model)}})
     for precision in PRECISIONS:
-        worker = _worker(config, precision)
-        worker.evaluate(torch.zeros(2, TOKENS + 1, dtype=torch.int64), 2)
-        blocks = [held.blocks.nbytes for held in worker.held.values() if held.blocks is not None]
-        buckets = [bucket for held in worker.held.values() for bucket in held.buckets]
-        count = sum(segment.numel for bucket in buckets for segment in bucket.segments)
-        tensors = (
-            [bucket.parameters for bucket in buckets],
-            [bucket.gradients for bucket in buckets],
-            [bucket.master for bucket in buckets],
-            [*worker.optimizer.first, *worker.optimizer.second],
-        )
-        for row, of in zip(rows[:-1], tensors, strict=True):
-            row[precision] = sum(tensor.nbytes for tensor in of) / count
-        rows[-1][precision] = sum(blocks) / count
+        for row, figure in zip(rows, _held_by_a_worker(config, precision), strict=True):
+            row[precision] = figure
     return rows
+
+
+def _held_by_a_worker(config: Config, precision: str) -> list[float]:
+    worker = _worker(config, precision)
+    worker.evaluate(torch.zeros(2, TOKENS + 1, dtype=torch.int64), 2)
+    buckets = [bucket for held in worker.held.values() for bucket in held.buckets]
+    count = sum(segment.numel for bucket in buckets for segment in bucket.segments)
+    tensors = (
+        [bucket.parameters for bucket in buckets],
+        [bucket.gradients for bucket in buckets],
+        [bucket.master for bucket in buckets],
+        [*worker.optimizer.first, *worker.optimizer.second],
+    )
+    blocks = [held.blocks.nbytes for held in worker.held.values() if held.blocks is not None]
+    return [*(sum(tensor.nbytes for tensor in of) / count for of in tensors), sum(blocks) / count]
 
 
 def _blocks_a_parameter(model: ModelConfig) -> float:
@@ -178,12 +185,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.fp8_storage", description=(__doc__ or "").split("\n\n")[0]
     )
-    parser.add_argument("config", nargs="?", default=CONFIG, help="whose model is measured; it must fit this machine")
+    model = "whose model is measured; it must fit this machine"
+    parser.add_argument("config", nargs="?", type=Path, default=CONFIG, help=model)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     options = parser.parse_args(arguments)
     try:
         config = load(options.config)
-    except ConfigError as error:
+        check_memory(options.config, config, BYTES_A_PARAMETER)
+    except (ConfigError, UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     result = {"held": held_bytes(config), "kept": kept_bytes(config.model)}

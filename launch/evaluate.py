@@ -49,6 +49,8 @@ class Evaluation:
     documents: int
     sequence_length: int
     """Tokens that the model saw at once."""
+    precision: str
+    """In which the model computed, whatever it was trained in."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -148,6 +150,7 @@ def _scored(loaded: LoadedModel, tokens: Tensor, size: int, documents: int, sequ
         bytes=size,
         documents=documents,
         sequence_length=length,
+        precision=loaded.precision,
     )
 
 
@@ -191,6 +194,7 @@ def _text(result: Evaluation) -> str:
             f"text           {documents}, {result.bytes:,} bytes, {result.tokens:,} tokens",
             f"sequences      of {result.sequence_length:,} tokens at most",
             f"model          {result.source}",
+            f"computed in    {result.precision.upper()}",
         ]
     )
 

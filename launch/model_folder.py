@@ -107,6 +107,11 @@ class LoadedModel:
     sequence_length: int
     document_start: int | None = None
 
+    @property
+    def precision(self) -> str:
+        """What the model computes in."""
+        return "bf16" if next(self.model.parameters()).dtype == torch.bfloat16 else "fp32"
+
 
 def load_model(path: Path, ema: bool = False) -> LoadedModel:
     """The model of a run or Hugging Face folder, on a GPU in BF16 where there is one, else on the CPU in FP32. ``ema``:
@@ -137,7 +142,7 @@ def load_model(path: Path, ema: bool = False) -> LoadedModel:
 
 
 def _whole(config: ModelConfig, read: Callable[[Published], Tensor]) -> Transformer:
-    """The model with the weights that ``read`` gives; each is converted as it comes."""
+    """The model with the weights that ``read`` gives, on its device and in its dtype."""
     on_gpu = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16 if on_gpu else torch.float32
     with torch.device("meta"):
@@ -148,8 +153,14 @@ def _whole(config: ModelConfig, read: Callable[[Published], Tensor]) -> Transfor
             setattr(module, name, nn.Parameter(empty, requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty(buffer.shape, device=device))
+    fill(model, read)
+    return model
+
+
+@torch.no_grad()
+def fill(model: Transformer, read: Callable[[Published], Tensor]) -> None:
+    """Give a model the weights that ``read`` gives; each is converted as it comes."""
     places = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for tensor in published(config):
+    for tensor in published(model.config):
         flat = places[tensor.parameter].view(-1)
         flat[tensor.offset : tensor.offset + tensor.numel].copy_(read(tensor).reshape(-1))
-    return model

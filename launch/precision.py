@@ -1,13 +1,16 @@
-"""``dualpipe precision CONFIG``: what FP8 would do to each linear layer of a model, on real text.
+"""``dualpipe precision CONFIG|RUN``: what FP8 would do to each linear layer of a model, on real text.
 
-The model is built in this process with its initial weights and computes one micro-batch, forward and backward, in BF16;
-each linear layer does its three products in FP8 beside that and is compared. So every error is a layer's own.
+The model is built in this process with its initial weights, or with those of a run's newest checkpoint, and computes
+one micro-batch, forward and backward, in BF16; each linear layer does its three products in FP8 beside that and is
+compared. So every error is a layer's own.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import torch
@@ -17,6 +20,8 @@ from rich.table import Table
 from launch.command import Parser, UsageError, reported
 from launch.config import Config, load
 from launch.data import open_dataset
+from launch.model_folder import RUN_FILE, Run, fill, open_run
+from launch.run_folder import tokenizer_of
 from model.fp8.gemm import BACKENDS, Choice, PrecisionError, choose
 from model.fp8.probe import KINDS, Probe, probe
 from model.size import size
@@ -31,8 +36,9 @@ x, W and gy are the errors of input, weight and output gradient as they enter th
 the gradient if it were scaled like a weight. "lost" is the share of the gradient that becomes zero, and that with
 128x128 scales. An error is the norm of the difference over the norm of the result without FP8.
 
-example:
-  dualpipe precision configs/tiny-cpu.yaml train.sequence_length=512"""
+examples:
+  dualpipe precision configs/tiny-cpu.yaml train.sequence_length=512
+  dualpipe precision runs/tiny-cpu"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         arguments = _parser().parse_intermixed_args(argv)
-        config = load(arguments.config, arguments.overrides)
-        _check_memory(arguments.config, config)
+        config, run = _opened(Path(arguments.config), arguments.overrides)
         key, name = "precision.backend", config.precision.backend
         if arguments.backend is not None:
             key, name = "--backend", arguments.backend
@@ -49,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             choice = choose(name, torch.device("cpu"))
         except PrecisionError as error:
             raise UsageError(f"{key}={name}: {error}") from None
-        probes = measure(config, choice)
-        print(json.dumps(_as_json(probes, choice)) if arguments.json else _as_text(probes, choice, config))
+        probes = measure(config, choice, run)
+        print(json.dumps(_as_json(probes, choice, run)) if arguments.json else _as_text(probes, choice, config, run))
 
     return reported(command)
 
@@ -62,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, as train takes it")
+    parser.add_argument("config", metavar="CONFIG|RUN", help="a YAML file, as train takes it, or a run folder")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", default=[])
     parser.add_argument(
         "--backend",
@@ -73,22 +78,40 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_memory(config_name: str, config: Config) -> None:
+def _opened(place: Path, overrides: Sequence[str]) -> tuple[Config, Run | None]:
+    """What is asked for, and the run if ``place`` is a folder. Raises one of the users' errors."""
+    if not place.is_dir():
+        config = load(place, overrides)
+        check_memory(place, config, BYTES_A_PARAMETER)
+        return config, None
+    run = open_run(place)
+    check_memory(place, run.config, BYTES_A_PARAMETER)
+    config = load(place / RUN_FILE, overrides)
+    if config.model != run.config.model:
+        raise UsageError(f"{place} is a run, whose weights are those of its own model: no model.* can be given with it")
+    return replace(config, data=replace(config.data, tokenizer=tokenizer_of(place, config))), run
+
+
+def check_memory(name: Path, config: Config, bytes_a_parameter: float) -> None:
+    """Raises UsageError for a model that this process has no memory for."""
     counted, free = size(config.model), psutil.virtual_memory().available
     parameters = counted.total + counted.mtp
-    if parameters * BYTES_A_PARAMETER > free:
+    if parameters * bytes_a_parameter > free:
         raise UsageError(
-            f"{config_name}: its {parameters:,} parameters need about {parameters * BYTES_A_PARAMETER / 1e9:.0f} GB in "
+            f"{name}: its {parameters:,} parameters need about {parameters * bytes_a_parameter / 1e9:.0f} GB in "
             f"this process, which has {free / 1e9:.0f} GB: fewer model.num_hidden_layers and model.n_routed_experts fit"
         )
 
 
-def measure(config: Config, choice: Choice) -> dict[str, Probe]:
+def measure(config: Config, choice: Choice, run: Run | None) -> dict[str, Probe]:
     """The probes of every FP8 layer, after one micro-batch of the training data."""
     rows = open_dataset(config).visits(0, config.train.micro_batch_size)
     tokens_BS = torch.from_numpy(rows)
     model = Transformer(config.model)
-    initialise(model, config.train.seed)
+    if run is None:
+        initialise(model, config.train.seed)
+    else:
+        fill(model, run.weights.read)
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
     probes = probe(model, choice.gemm)
@@ -99,7 +122,7 @@ def measure(config: Config, choice: Choice) -> dict[str, Probe]:
     return probes
 
 
-def _as_json(probes: dict[str, Probe], choice: Choice) -> dict[str, object]:
+def _as_json(probes: dict[str, Probe], choice: Choice, run: Run | None) -> dict[str, object]:
     layers = [
         {
             "layer": name,
@@ -108,13 +131,15 @@ def _as_json(probes: dict[str, Probe], choice: Choice) -> dict[str, object]:
         }
         for name, p in probes.items()
     ]
-    return {"backend": choice.gemm.name, "layers": layers}
+    weights = "initial" if run is None else str(run.weights.path)
+    return {"backend": choice.gemm.name, "weights": weights, "layers": layers}
 
 
-def _as_text(probes: dict[str, Probe], choice: Choice, config: Config) -> str:
+def _as_text(probes: dict[str, Probe], choice: Choice, config: Config, run: Run | None) -> str:
     tokens = config.train.micro_batch_size * config.train.sequence_length
+    weights = "initial weights" if run is None else f"weights of {run.weights.path.name}"
     table = Table(
-        title=f"relative error by layer, {tokens} tokens, initial weights",
+        title=f"relative error by layer, {tokens} tokens, {weights}",
         box=None,
         pad_edge=False,
         title_justify="left",

@@ -97,6 +97,8 @@ def test_the_table_says_what_the_object_says(folder: Path, data: Path, capsys: A
     text = capsys.readouterr().out
     assert "2 documents, 19 bytes, 19 tokens\n" in text and result["sequence_length"] == 1024
     assert "sequences      of 1,024 tokens at most\n" in text
+    assert result["precision"] == ("bf16" if torch.cuda.is_available() else "fp32")
+    assert f"computed in    {result['precision'].upper()}\n" in text
     assert f"{result['loss']:.4f} nats a token" in text and f"bits per byte  {result['bits_per_byte']:.4f}" in text
     data.write_text(json.dumps({"text": "stage"}))
     assert main([str(folder), "--data", str(data)]) == 0

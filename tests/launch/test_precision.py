@@ -4,9 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from launch.config import dump, load
+from launch.job import job_of
 from launch.precision import main
 from model.fp8.probe import KINDS
+from parallel.checkpoint import Progress
+from parallel.saver import save
+from parallel.worker import Worker
 
 TINY = (
     "model.num_hidden_layers=2 model.hidden_size=128 model.intermediate_size=128 model.moe_intermediate_size=128 "
@@ -52,6 +58,30 @@ def test_the_table_names_layers_and_backend(arguments: list[str], capsys: pytest
     assert headings.split()[0] == "layer" and len(rows) == 16
     assert rows[0].split()[0] == "layers.0.attn.q_a"
     assert choice == "FP8 products: reference (as asked)"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_run_is_measured_with_its_own_weights(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, config = tmp_path / "run", load(arguments[0], arguments[1:])
+    worker = Worker(job_of(config, torch.device("cpu"), 1, 256), 0)
+    for held in worker.held.values():
+        for bucket in held.buckets:  # what E4M3 with its scales holds exactly
+            bucket.master.copy_(bucket.master.sign() * bucket.master.abs().log2().round().exp2().nan_to_num())
+    path = save(run / "checkpoints", worker, Progress(3, 6), keep=1)
+    (run / "config.yaml").write_text(dump(config))
+    assert main([str(run), "train.sequence_length=32", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["weights"] == str(path) and len(result["layers"]) == 16
+    for row in result["layers"]:
+        assert row["errors"]["weight"] < 1e-6 and 0.02 < row["errors"]["gradient"] < 0.04, row
+    assert main([str(run), "train.sequence_length=32"]) == 0
+    assert f"64 tokens, weights of {path.name}" in capsys.readouterr().out
+    assert main([str(run), "model.num_hidden_layers=3"]) == 2
+    assert "no model.* can be given with it" in capsys.readouterr().err
+    assert main([str(tmp_path)]) == 2
+    assert "must be a run folder, and it has no config.yaml" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
