@@ -14,7 +14,8 @@ import multiprocessing
 import os
 import platform
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from launch.attempts import rendezvous_alone
 from launch.command import UsageError
 from launch.config import Config
 from launch.local import launch_config
-from launch.whole_file import write_whole
+from launch.whole_file import check_whole, write_whole
 from parallel.cores import own_cores
 from parallel.estimate.calibrate import kineto
 from parallel.estimate.calibrate.describe import Description, describe, describe_trace
@@ -52,6 +53,8 @@ def calibrate(config: Config, workload: Workload, base: Cluster, path: Path) -> 
         )
     if "RANK" in os.environ:
         here = rank.place(os.environ)
+        if here.rank == 0:
+            _check_path(path)
         measured, device = measure_as_rank(config, workload, base, here)
         world, local = here.world_size, here.local_world_size
         if here.rank:
@@ -60,6 +63,7 @@ def calibrate(config: Config, workload: Workload, base: Cluster, path: Path) -> 
         world = local = _local_ranks(config)
         device = rank.device_of(config, rank.Place(0, world, 0, local))
         _check_size(workload, base, device)
+        _check_path(path)
         measured = measure_here(config, workload, base, world)
     description = description_of(measured, workload, base, device, world, local)
     _write(path, _text(description, f"`dualpipe plan --calibrate` with {world} ranks"))
@@ -158,9 +162,21 @@ def _processor() -> str:
     return f"{name}, {len(own_cores())} cores"
 
 
+def _check_path(path: Path) -> None:
+    """Measuring takes a while: what could not be written is refused before."""
+    with _writing(path):
+        check_whole(path)
+
+
 def _write(path: Path, text: str) -> None:
-    try:
+    with _writing(path):
         write_whole(path, text)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UsageError(f"--calibrate {path} cannot be written: {error.strerror}") from None
 

@@ -1,6 +1,7 @@
 """Files that are there whole or not at all."""
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
@@ -18,3 +19,12 @@ def write_whole(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             aside.unlink()
         raise
+
+
+def check_whole(path: Path) -> None:
+    """Whether ``write_whole`` may write a file, before what it will hold is made; leaves nothing. Raises OSError."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    aside = path.with_name(path.name + ".part")
+    aside.touch()
+    aside.unlink()

@@ -323,3 +323,15 @@ def test_a_calibration_that_cannot_be_is_refused(
     assert main([V3, "train.device=cpu", "phases.global_batch_size=[]", *options]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("place", ["none/here.yaml", "."])
+def test_nothing_is_measured_for_a_file_that_cannot_be_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
+) -> None:
+    monkeypatch.setattr("launch.calibrate.measure_here", lambda *_: pytest.fail("it was measured"))
+    path = tmp_path / place
+    assert main([str(ROOT / "configs" / "tiny-cpu.yaml"), "layout.pipeline=1", "--calibrate", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"--calibrate {path} cannot be written: " in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
