@@ -1,126 +1,19 @@
-"""The kernels themselves, over the memory of tensors: arrays, BF16 as int16.
-
-All of them are in one file, with every function that they call: Numba keeps compiled code as long as the file of a
-kernel stays as it is, and looks at no other.
+"""The kernels that go over numbers one by one: arrays over the memory of tensors, BF16 as int16.
 
 T rows or tokens; other letters as in the files that call them.
 """
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic, overload
 
-ONE = np.float32(1)
-LOG2_E = np.float32(1.4426950408889634)
-LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-ROUNDER = np.float32(1.5 * 2.0**23)
-"""Added and taken away again, it rounds a small FP32 number to a whole one."""
+from model.kernels.jit import EXACT, SUMS, exact_helper, helper, kernel
+from model.kernels.scalars import ONE, as_bits, as_float, exp, load, narrow, rounded, scaled, wide
+
 TILE = 128
 INFINITY, NAN = np.uint32(0x7F800000), np.uint32(0x7FC00000)
 """Their bits."""
 E4M3_LARGEST, SMALLEST_SCALE = np.float32(448), np.float32(2.0**-126)
 SUBNORMAL_ROUNDER = np.float32(2.0**14)
 """Added, it rounds a number below 2^-6 to multiples of 2^-9, which are then the last bits."""
-
-EXACT: set[str] = set()
-"""Every operation rounds as written."""
-FUSED = {"contract"}
-"""A product may be fused with the sum that follows."""
-SUMS = {"contract", "reassoc", "nsz"}
-"""And a loop may add in the order that its vectors want."""
-
-helper = numba.njit(fastmath=FUSED, error_model="numpy")
-"""A function that kernels call. It keeps the order of its sums whatever the kernel may do with its own."""
-exact_helper = numba.njit(error_model="numpy")
-
-
-def kernel(*signatures: str, may: set[str] = FUSED) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Compile for this CPU, once for each machine: the code is kept beside the source, or in the user's cache."""
-    options: dict[str, Any] = {"nogil": True, "fastmath": may or False, "error_model": "numpy"}
-
-    def compiled(function: Callable[..., None]) -> Callable[..., None]:
-        try:
-            return numba.njit(list(signatures), cache=True, **options)(function)
-        except Exception:
-            # Nothing to keep it in, no room, or a damaged file: compile in each process. What is wrong with the
-            # function itself is raised again.
-            return numba.njit(list(signatures), **options)(function)
-
-    return compiled
-
-
-@intrinsic
-def as_float(_: Any, bits: Any) -> Any:
-    """The FP32 number with these 32 bits."""
-    return types.float32(types.uint32), lambda _, builder, __, args: builder.bitcast(args[0], ir.FloatType())
-
-
-@intrinsic
-def as_bits(_: Any, number: Any) -> Any:
-    """The 32 bits of an FP32 number."""
-    return types.uint32(types.float32), lambda _, builder, __, args: builder.bitcast(args[0], ir.IntType(32))
-
-
-@helper
-def wide(number: np.int16) -> np.float32:
-    """BF16 -> FP32: its upper half."""
-    return as_float(np.uint32(number) << np.uint32(16))
-
-
-@helper
-def narrow(x: np.float32) -> np.int16:
-    """FP32 -> BF16, to nearest, ties to even. NaN stays."""
-    bits = as_bits(x)
-    odd = (bits >> np.uint32(16)) & np.uint32(1)
-    rounded = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
-    return np.int16(rounded) if x == x else np.int16(0x7FC0)
-
-
-def load(number):
-    """An element of an array in FP32 or BF16 -> FP32."""
-
-
-@overload(load)
-def _load(number):
-    return (lambda number: wide(number)) if number == types.int16 else lambda number: number
-
-
-def rounded(x, like):
-    """FP32 -> what an array with such elements stores."""
-
-
-@overload(rounded)
-def _rounded(x, like):
-    return (lambda x, like: narrow(x)) if like == types.int16 else lambda x, like: x
-
-
-@helper
-def exp(x: np.float32) -> np.float32:
-    """e^x within 1e-7 relative, held at e^-87 and infinite beyond e^88: e^x = 2^n e^r, n whole, |r| <= ln 2 / 2, and
-    e^r by the polynomial of the Cephes library."""
-    infinite, x = x > np.float32(88.0), min(max(x, np.float32(-87.0)), np.float32(88.0))
-    n = (x * LOG2_E + ROUNDER) - ROUNDER
-    r = x - n * LN2_HIGH - n * LN2_LOW
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    p = p * r * r + r + np.float32(1.0)
-    power = p * as_float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
-    return np.float32(np.inf) if infinite else power
-
-
-@helper
-def scaled(x: np.float32, scale: np.float32, weight: np.float32) -> np.float32:
-    """In this order: the product of the last two may leave the range of FP32."""
-    return x * scale * weight
 
 
 @helper

@@ -16,9 +16,10 @@ from torch import Tensor
 
 import model.kernels.calls
 from model.attention import core_inputs
-from model.kernels import compiled, norm
 from model.kernels import core_inputs as core
+from model.kernels import norm, scalars
 from model.kernels import swiglu as kernels
+from model.kernels.jit import kernel
 from model.mlp import swiglu, swiglu_backward
 from model.norm import rms_norm
 from model.rope import rotate, rotations
@@ -96,13 +97,13 @@ def test_core_inputs(heads: int, tokens: int, pairs: int, nope: int, values: int
         return [of.transpose(1, 2) for of in core_inputs(q, k, keys_values[..., nope:])]
 
     got = core.forward(*read, turns, nope)
-    for kernel, defined in zip(got, definition(*read), strict=True):
-        assert_rounded(kernel.bfloat16(), defined.bfloat16())
-        assert torch.equal(kernel.bfloat16().float(), kernel), "rounded to BF16"
+    for made, defined in zip(got, definition(*read), strict=True):
+        assert_rounded(made.bfloat16(), defined.bfloat16())
+        assert torch.equal(made.bfloat16().float(), made), "rounded to BF16"
     leaves, gradients = [of.float().requires_grad_() for of in read], [torch.randn(of.shape) for of in got]
     exact = torch.autograd.grad(definition(*leaves), leaves, gradients)
-    for kernel, defined in zip(core.backward(*gradients, turns, nope, values), exact, strict=True):
-        torch.testing.assert_close(kernel.float(), defined, rtol=2 * ULP, atol=1e-5 * heads)
+    for made, defined in zip(core.backward(*gradients, turns, nope, values), exact, strict=True):
+        torch.testing.assert_close(made.float(), defined, rtol=2 * ULP, atol=1e-5 * heads)
 
 
 def test_threads_do_not_change_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +144,7 @@ def test_nan_and_infinity_are_not_hidden() -> None:
 def _exp(x: np.ndarray) -> np.ndarray:
     y = np.empty_like(x)
     for i in range(len(x)):
-        y[i] = compiled.exp(x[i])
+        y[i] = scalars.exp(x[i])
     return y
 
 
@@ -151,7 +152,7 @@ def _exp(x: np.ndarray) -> np.ndarray:
 def _narrow(x: np.ndarray) -> np.ndarray:
     y = np.empty(len(x), np.int16)
     for i in range(len(x)):
-        y[i] = compiled.narrow(x[i])
+        y[i] = scalars.narrow(x[i])
     return y
 
 
@@ -185,14 +186,14 @@ def test_a_cache_that_cannot_be_used_is_done_without(
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         monkeypatch.setattr(IndexDataCacheFile, "save", Mock(side_effect=full))
     else:
-        compiled.kernel("void(float32[::1])")(doubled)
+        kernel("void(float32[::1])")(doubled)
         (index,) = folder.rglob("*.nbi")
         index.write_bytes(b"\\x80")
     x = np.ones(3, np.float32)
-    compiled.kernel("void(float32[::1])")(doubled)(x)
+    kernel("void(float32[::1])")(doubled)(x)
     assert x.tolist() == [2, 2, 2]
 
 
 def test_a_kernel_that_cannot_be_compiled_says_why() -> None:
     with pytest.raises(numba.core.errors.TypingError):
-        compiled.kernel("void(float32)")(doubled)
+        kernel("void(float32)")(doubled)
