@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.kernels import attention_core as core_kernels
 from model.kernels import calls
 from model.kernels import core_inputs as kernels
 from model.linear import Linear
@@ -85,6 +86,7 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, positions: Positions, again: Recomputation | None = None) -> Tensor:
         """``again``: what is made again of the layer."""
         c, dtype, again = self.config, x_BSD.dtype, again or Recomputation()
+        scale = c.softmax_scale
         c_q = x_BSD if c.q_lora_rank is None else again("norm", self.q_a_norm, self.q_a(x_BSD, again))
         latent, k_rope = self.kv_a(x_BSD, again).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         latent = again("norm", self.kv_a_norm, latent)
@@ -94,18 +96,28 @@ class Attention(nn.Module):
             latents_BML = self.cache.append(torch.cat([latent, k_rope], dim=-1))
             q_nope, q_rope = self._queries(c_q, positions, again)
             return self.o(self._attend_latents(q_nope, q_rope, latents_BML).flatten(-2))
+        own_core = self._has_own_core(x_BSD, positions)
         q, k, v = again(
-            "mla_up", lambda q, kv, rope: self._core_inputs(q, kv, rope, positions, again), c_q, latent, k_rope
+            "mla_up",
+            lambda q, kv, rope: self._core_inputs(q, kv, rope, positions, own_core, again),
+            c_q,
+            latent,
+            k_rope,
         )
         out_BHSK = again.narrowed(
             "mla_up",
-            lambda: attend(q, k, v, c.softmax_scale, positions),
+            lambda: _Core.apply(q, k, v, scale) if own_core else attend(q, k, v, scale, positions),
             lambda out: _without_padding(out, c.v_head_dim),
             lambda out_BSHV: F.pad(out_BSHV, (0, c.qk_head_dim - c.v_head_dim)),  # zeros, as values were padded with
         )
         result = core_result if self.o.owner is None else _CoreResult.apply
         out = again("mla_up", lambda out: result(out, c.v_head_dim, dtype).flatten(-2), out_BHSK)
         return self.o(out, again)
+
+    def _has_own_core(self, x: Tensor, positions: Positions) -> bool:
+        """Whether a kernel of our own is the core: it has no mask."""
+        own = core_kernels.serves(x, self.config.qk_head_dim, self.config.v_head_dim)
+        return own and self.o.owner is not None and positions.documents_BS is None
 
     def _queries(self, c_q: Tensor, positions: Positions, again: Recomputation) -> tuple[Tensor, Tensor]:
         """From their latent, or from the layer's input -> [B, S, H, N], and [B, S, H, R] turned."""
@@ -119,14 +131,14 @@ class Attention(nn.Module):
         return query.unflatten(-1, (self.config.num_attention_heads, -1))
 
     def _core_inputs(
-        self, c_q: Tensor, latent: Tensor, k_rope: Tensor, positions: Positions, again: Recomputation
+        self, c_q: Tensor, latent: Tensor, k_rope: Tensor, positions: Positions, own_core: bool, again: Recomputation
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The latents and the shared rotary key [B, S, R] -> what the core reads."""
         c = self.config
         keys_values = self.kv_b(latent, again).unflatten(-1, (c.num_attention_heads, -1))
         if self.kv_b.owner is not None:
             query, turns = self._up(c_q, again), positions.rotations
-            return _CoreInputs.apply(query, keys_values, k_rope, turns, c.qk_nope_head_dim)
+            return _CoreInputs.apply(query, keys_values, k_rope, turns, c.qk_nope_head_dim, own_core)
         k_nope, v = keys_values.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
         k_rope = rotate(k_rope.unsqueeze(2), positions.rotations).expand(-1, -1, c.num_attention_heads, -1)
         q_BSHK = torch.cat(self._queries(c_q, positions, again), dim=-1)
@@ -180,20 +192,22 @@ def _without_padding(out_BHSK: Tensor, width: int) -> Tensor | None:
 
 class _CoreInputs(torch.autograd.Function):
     """The same from the projections' outputs, and each tensor written once: queries [B, S, H, N + R], keys without
-    position and values [B, S, H, N + V], the shared key [B, S, R], none of them turned -> [B, H, S, K] three times."""
+    position and values [B, S, H, N + V], the shared key [B, S, R], none of them turned -> [B, H, S, K] three times.
+    For our own core in BF16 and without padding: the last [B, H, S, V]."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, keys_values: Tensor, k_rope: Tensor, turns: Tensor, nope: int
+        ctx: Any, query: Tensor, keys_values: Tensor, k_rope: Tensor, turns: Tensor, nope: int, own_core: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         values = keys_values.shape[-1] - nope
+        dtype, width = (query.dtype, values) if own_core else (_core_dtype(query), max(values, query.shape[-1]))
         ctx.nope, ctx.values, ctx.turns, ctx.dtype = nope, values, turns, query.dtype
-        ctx.by_kernel = calls.serves(query) and _core_dtype(query) == torch.float32
+        ctx.by_kernel = calls.serves(query)
         if ctx.by_kernel:
-            q, k, v = kernels.forward(query, keys_values, k_rope, turns, nope)
+            q, k, v = kernels.forward(query, keys_values, k_rope, turns, nope, width, dtype)
             return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        q, k = (query.new_empty(query.shape, dtype=_core_dtype(query)) for _ in range(2))
-        v = q.new_empty(*q.shape[:-1], max(values, q.shape[-1]))
+        q, k = (query.new_empty(query.shape, dtype=dtype) for _ in range(2))
+        v = q.new_empty(*q.shape[:-1], width)
         q[..., :nope] = query[..., :nope]
         q[..., nope:] = rotate(query[..., nope:], turns)
         k[..., :nope] = keys_values[..., :nope]
@@ -207,7 +221,7 @@ class _CoreInputs(torch.autograd.Function):
         gq, gk, gv = (g.transpose(1, 2) for g in grads)
         nope, turned_back = ctx.nope, ctx.turns.conj()
         if ctx.by_kernel:
-            return *kernels.backward(gq, gk, gv, ctx.turns, nope, ctx.values), None, None
+            return *kernels.backward(gq, gk, gv, ctx.turns, nope, ctx.values), None, None, None
         gquery = torch.empty(gq.shape, dtype=ctx.dtype, device=gq.device)
         gquery[..., :nope] = gq[..., :nope]
         gquery[..., nope:] = rotate(gq[..., nope:], turned_back)
@@ -215,7 +229,27 @@ class _CoreInputs(torch.autograd.Function):
         gkeys_values[..., :nope] = gk[..., :nope]
         gkeys_values[..., nope:] = gv[..., : ctx.values]
         gk_rope = rotate(gk[..., nope:].sum(2, keepdim=True), turned_back)
-        return gquery, gkeys_values, gk_rope.squeeze(2).to(ctx.dtype), None, None
+        return gquery, gkeys_values, gk_rope.squeeze(2).to(ctx.dtype), None, None, None
+
+
+class _Core(torch.autograd.Function):
+    """``attend`` by our own kernel: [B, H, S, K] twice and [B, H, S, V] -> [B, H, S, V]."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BHSK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        q, k, v = (of.transpose(1, 2) for of in (q_BHSK, k_BHSK, v_BHSV))
+        out_BSHV, log_sums = core_kernels.forward(q, k, v, scale)
+        out_BHSV = out_BSHV.transpose(1, 2)
+        ctx.save_for_backward(q_BHSK, k_BHSK, v_BHSV, out_BHSV, log_sums)
+        return out_BHSV
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *read, log_sums = ctx.saved_tensors
+        q, k, v, out, g = (of.transpose(1, 2) for of in (*read, *grads))
+        gq, gk, gv = core_kernels.backward(q, k, v, out, log_sums, g, ctx.scale)
+        return gq.transpose(1, 2), gk.transpose(1, 2), gv.transpose(1, 2), None
 
 
 class _CoreResult(torch.autograd.Function):

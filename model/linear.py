@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from model.fp8.payload import Handover
 from model.fp8.quantise import Quantised
+from model.kernels import products
 from model.recompute import Recomputation
 
 Contribution = Callable[[Tensor], None]
@@ -107,9 +108,10 @@ def _slow_bf16(device_type: str) -> bool:
     return device_type == "cpu" and not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
-def multiplies_natively(x: Tensor) -> bool:
-    """Whether a product of ``x`` is one of a CPU's own BF16 products, which it compiles for each shape."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _slow_bf16("cpu")
+def compiles_shapes(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product of ``x`` and ``weight`` is one of those of torch in BF16 that a CPU compiles for each shape."""
+    native = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _slow_bf16("cpu")
+    return native and not products.serves(x, weight)
 
 
 def gemm_operand(x: Tensor) -> Tensor:
@@ -180,6 +182,8 @@ class _SplitGroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x_RD: Tensor, weight_EFD: nn.Parameter, ends_E: Tensor, owner: WeightGradients) -> Tensor:
         ctx.save_for_backward(x_RD, weight_EFD)
         ctx.weight, ctx.owner, ctx.ends_E = weight_EFD, owner, ends_E
+        if products.serves(x_RD, weight_EFD):
+            return products.forward(x_RD, weight_EFD, ends_E.numpy())
         w_EDF = gemm_operand(weight_EFD).transpose(1, 2)
         return F.grouped_mm(gemm_operand(x_RD), w_EDF, offs=ends_E).to(x_RD.dtype)
 
@@ -187,6 +191,10 @@ class _SplitGroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_RD, weight_EFD = ctx.saved_tensors
         x_RD, ends_E = x_RD.detach(), ctx.ends_E
+        if products.serves(x_RD, weight_EFD):
+            gy_RF = grads[0].contiguous()
+            ctx.owner.defer(ctx.weight, lambda of: products.add_weight_gradient(gy_RF, x_RD, ends_E.numpy(), of))
+            return products.input_gradient(gy_RF, weight_EFD, ends_E.numpy()), None, None, None
         gy_RF = gemm_operand(grads[0].contiguous())
 
         def contribute(buffer_EFD: Tensor) -> None:

@@ -21,7 +21,7 @@ from model.fp8.payload import Handover
 from model.fp8.quantise import Quantised
 from model.kernels import calls
 from model.kernels import swiglu as kernels
-from model.linear import GroupedLinear, Linear, Owned, multiplies_natively
+from model.linear import GroupedLinear, Linear, Owned, compiles_shapes
 from model.recompute import Recomputation
 
 
@@ -117,7 +117,8 @@ class Experts(Owned):
         """``payload``: the rows as they came in FP8, for the layer's ``products``, as the gradient of what is returned
         will in ``handover``."""
         again = again or Recomputation()
-        if self.owner is None or self.gate_up.products is not None or not multiplies_natively(rows_RD):
+        fills = any(compiles_shapes(rows_RD, layer.weight) for layer in (self.gate_up, self.down))
+        if self.owner is None or self.gate_up.products is not None or not fills:
             return self._compute(rows_RD, weights_R, ends_E, payload, handover, again)
         filling = Filling.of(ends_E)
         y_PD = self._compute(filling.fill(rows_RD), filling.fill(weights_R), filling.ends_E, None, None, again)

@@ -17,31 +17,26 @@ SUBNORMAL_ROUNDER = np.float32(2.0**14)
 
 
 @helper
-def widened(x, y):
+def copied(x, y):
+    """To what ``y`` stores."""
     for i in range(len(y)):
-        y[i] = wide(x[i])
-
-
-@helper
-def narrowed(x, y):
-    for i in range(len(y)):
-        y[i] = narrow(x[i])
+        y[i] = rounded(load(x[i]), y[i])
 
 
 @helper
 def turned(x, turn, y):
-    """Pairs of BF16, each turned and rounded to BF16, in FP32; ``turn`` has a cosine and a sine for each."""
+    """Pairs of BF16, each turned and rounded to BF16; ``turn`` has a cosine and a sine for each."""
     for p in range(len(turn)):
         a, b = wide(x[2 * p]), wide(x[2 * p + 1])
-        y[2 * p] = wide(narrow(a * turn[p, 0] - b * turn[p, 1]))
-        y[2 * p + 1] = wide(narrow(a * turn[p, 1] + b * turn[p, 0]))
+        y[2 * p] = rounded(wide(narrow(a * turn[p, 0] - b * turn[p, 1])), y[2 * p])
+        y[2 * p + 1] = rounded(wide(narrow(a * turn[p, 1] + b * turn[p, 0])), y[2 * p + 1])
 
 
 @helper
 def turned_back(x, turn, y):
-    """Pairs of FP32, turned the other way, in BF16."""
+    """Pairs turned the other way, in BF16."""
     for p in range(len(turn)):
-        a, b = x[2 * p], x[2 * p + 1]
+        a, b = load(x[2 * p]), load(x[2 * p + 1])
         y[2 * p] = narrow(a * turn[p, 0] + b * turn[p, 1])
         y[2 * p + 1] = narrow(b * turn[p, 0] - a * turn[p, 1])
 
@@ -112,7 +107,9 @@ def norm_backward(x_TD, weight_D, scale_T, gy_TD, gx_TD, gweight_D):
 
 @kernel(
     "void(int16[:,:,::1], int16[:,:,::1], int16[:,::1], float32[:,:,::1], int64, int64,"
-    " float32[:,:,::1], float32[:,:,::1], float32[:,:,::1])"
+    " float32[:,:,::1], float32[:,:,::1], float32[:,:,::1])",
+    "void(int16[:,:,::1], int16[:,:,::1], int16[:,::1], float32[:,:,::1], int64, int64,"
+    " int16[:,:,::1], int16[:,:,::1], int16[:,:,::1])",
 )
 def core_inputs_forward(query_THK, keys_values_THX, rope_TR, turns, first, nope, q_THK, k_THK, v_THW):
     tokens, heads, width = query_THK.shape
@@ -121,17 +118,19 @@ def core_inputs_forward(query_THK, keys_values_THX, rope_TR, turns, first, nope,
         turn = turns[(first + t) % len(turns)]
         turned(rope_TR[t], turn, rope)
         for h in range(heads):
-            widened(query_THK[t, h, :nope], q_THK[t, h, :nope])
-            widened(keys_values_THX[t, h, :nope], k_THK[t, h, :nope])
+            copied(query_THK[t, h, :nope], q_THK[t, h, :nope])
+            copied(keys_values_THX[t, h, :nope], k_THK[t, h, :nope])
             turned(query_THK[t, h, nope:], turn, q_THK[t, h, nope:])
-            k_THK[t, h, nope:] = rope
-            widened(keys_values_THX[t, h, nope:], v_THW[t, h, :values])
+            copied(rope, k_THK[t, h, nope:])
+            copied(keys_values_THX[t, h, nope:], v_THW[t, h, :values])
             v_THW[t, h, values:] = 0
 
 
 @kernel(
     "void(float32[:,:,::1], float32[:,:,::1], float32[:,:,::1], float32[:,:,::1], int64, int64,"
-    " int16[:,:,::1], int16[:,:,::1], int16[:,::1])"
+    " int16[:,:,::1], int16[:,:,::1], int16[:,::1])",
+    "void(int16[:,:,::1], int16[:,:,::1], int16[:,:,::1], float32[:,:,::1], int64, int64,"
+    " int16[:,:,::1], int16[:,:,::1], int16[:,::1])",
 )
 def core_inputs_backward(gq_THK, gk_THK, gv_THW, turns, first, nope, gquery_THK, gkeys_values_THX, grope_TR):
     tokens, heads, width = gq_THK.shape
@@ -140,13 +139,13 @@ def core_inputs_backward(gq_THK, gk_THK, gv_THW, turns, first, nope, gquery_THK,
         turn = turns[(first + t) % len(turns)]
         total[:] = 0
         for h in range(heads):
-            narrowed(gq_THK[t, h, :nope], gquery_THK[t, h, :nope])
-            narrowed(gk_THK[t, h, :nope], gkeys_values_THX[t, h, :nope])
-            narrowed(gv_THW[t, h, :values], gkeys_values_THX[t, h, nope:])
+            copied(gq_THK[t, h, :nope], gquery_THK[t, h, :nope])
+            copied(gk_THK[t, h, :nope], gkeys_values_THX[t, h, :nope])
+            copied(gv_THW[t, h, :values], gkeys_values_THX[t, h, nope:])
             turned_back(gq_THK[t, h, nope:], turn, gquery_THK[t, h, nope:])
             gk = gk_THK[t, h, nope:]
             for r in range(len(gk)):
-                total[r] += gk[r]
+                total[r] += load(gk[r])
         turned_back(total, turn, grope_TR[t])
 
 

@@ -14,14 +14,13 @@ from model.kernels.compiled import core_inputs_backward, core_inputs_forward
 
 
 def forward(
-    query: Tensor, keys_values: Tensor, k_rope: Tensor, turns: Tensor, nope: int
+    query: Tensor, keys_values: Tensor, k_rope: Tensor, turns: Tensor, nope: int, core_width: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, S, H, K], [B, S, H, N + V], [B, S, R] in BF16, complex turns -> q, k [B, S, H, K] and v [B, S, H, W], FP32,
-    W the greater of V and K."""
+    """[B, S, H, K], [B, S, H, N + V], [B, S, R] in BF16, complex turns -> q, k [B, S, H, K] and v [B, S, H, W], FP32
+    or BF16, of V or more."""
     heads, width = query.shape[-2:]
-    core_width = max(width, keys_values.shape[-1] - nope)
-    q, k = (torch.empty(query.shape) for _ in range(2))
-    v = torch.empty(*query.shape[:-1], core_width)
+    q, k = (torch.empty(query.shape, dtype=dtype) for _ in range(2))
+    v = q.new_empty(*query.shape[:-1], core_width)
     read = _tokens(query, heads), _tokens(keys_values, heads), _tokens(k_rope)
     written, angles = [_tokens(of, heads) for of in (q, k, v)], _angles(turns)
     by_rows(
@@ -35,7 +34,7 @@ def forward(
 def backward(
     gq: Tensor, gk: Tensor, gv: Tensor, turns: Tensor, nope: int, values: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of what ``forward`` read, BF16."""
+    """Gradients of what ``forward`` read, BF16, from those of what it wrote, FP32 or BF16."""
     heads, width = gq.shape[-2:]
     gquery = torch.empty(gq.shape, dtype=torch.bfloat16)
     gkeys_values = gquery.new_empty(*gq.shape[:-1], nope + values)

@@ -1,12 +1,15 @@
 """How kernels are compiled, and kept for the next process."""
 
-from collections.abc import Callable
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numba
 from numba.core.caching import FunctionCache
+from numba.core.registry import cpu_target
 
 EXACT: set[str] = set()
 """Every operation rounds as written."""
@@ -15,12 +18,20 @@ FUSED = {"contract"}
 SUMS = {"contract", "reassoc", "nsz"}
 """And a loop may add in the order that its vectors want."""
 
+
+def instructions() -> str:
+    """Those that are compiled for, as LLVM writes them."""
+    features: str = cpu_target.target_context.codegen().magic_tuple()[2]
+    return features
+
+
 helper = numba.njit(fastmath=FUSED, error_model="numpy")
 """A function that kernels call. It keeps the order of its sums whatever the kernel may do with its own."""
+summing = numba.njit(fastmath=SUMS, error_model="numpy")
+"""One that may add in the order that vectors want."""
 exact_helper = numba.njit(error_model="numpy")
 
-
-SOURCES = sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).digest()
+_SOURCES = sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).digest()
 
 
 class _Kept(FunctionCache):
@@ -28,19 +39,33 @@ class _Kept(FunctionCache):
     here it must also be of the same functions in other files."""
 
     def _index_key(self, *of: Any) -> tuple[Any, ...]:
-        return *super()._index_key(*of), SOURCES
+        return *super()._index_key(*of), _SOURCES
 
 
-def kernel(*signatures: str, may: set[str] = FUSED) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Compile for this CPU, once for each machine."""
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Of the processes that would fill this folder: the others find there what the first has compiled."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "compiling", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def kernel(
+    *signatures: str, may: set[str] = FUSED, able: bool = True
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Compile for this CPU, once for each machine; not where it is not ``able``, which its callers ask before."""
     options: dict[str, Any] = {"nogil": True, "fastmath": may or False, "error_model": "numpy"}
 
     def compiled(function: Callable[..., None]) -> Callable[..., None]:
+        if not able:
+            return function
         try:
             kept = numba.njit(**options)(function)
             kept._cache = _Kept(function)
-            for signature in signatures:
-                kept.compile(signature)
+            with _one_at_a_time(Path(kept._cache.cache_path)):
+                for signature in signatures:
+                    kept.compile(signature)
             kept.disable_compile()
             return kept
         except Exception:

@@ -96,7 +96,7 @@ def test_core_inputs(heads: int, tokens: int, pairs: int, nope: int, values: int
         q, k = torch.cat([query[..., :nope], turned], -1), torch.cat([keys_values[..., :nope], shared], -1)
         return [of.transpose(1, 2) for of in core_inputs(q, k, keys_values[..., nope:])]
 
-    got = core.forward(*read, turns, nope)
+    got = core.forward(*read, turns, nope, max(width, values), torch.float32)
     for made, defined in zip(got, definition(*read), strict=True):
         assert_rounded(made.bfloat16(), defined.bfloat16())
         assert torch.equal(made.bfloat16().float(), made), "rounded to BF16"
@@ -114,7 +114,7 @@ def test_threads_do_not_change_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def all_of_them() -> list[Tensor]:
         y, scales = norm.forward(x, scale, 1e-6)
-        q, k, v = core.forward(query, keys_values, k_rope, turns, 8)
+        q, k, v = core.forward(query, keys_values, k_rope, turns, 8, 12, torch.float32)
         back = core.backward(q, k, v, turns, 8, 8)
         gates = kernels.backward(x, weights, gy)
         return [y, q, k, v, *back, kernels.forward(x, weights), *gates, *norm.backward(x, scale, scales, x)]

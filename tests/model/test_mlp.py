@@ -120,7 +120,7 @@ def test_experts_are_a_loop_over_them(rows: list[int], filling: bool, seed: int)
     x, weights, gy = torch.randn(total, hidden), torch.rand(total), torch.randn(total, hidden)
     ends = torch.tensor(rows).cumsum(0).to(torch.int32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model.mlp, "multiplies_natively", lambda x: filling)
+        patch.setattr(model.mlp, "compiles_shapes", lambda x, weight: filling)
         patch.setattr(model.filling, "GROUP_ROWS", 4)
         results = [run(experts, [x, weights], [ends], gy, with_owner) for with_owner in (True, False)]
 

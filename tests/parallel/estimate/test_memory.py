@@ -4,13 +4,11 @@ from dataclasses import replace
 from typing import Literal
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.recompute import kept_bytes
 from model import filling
-from model.attention import core_inputs
 from model.config import ModelConfig, Recompute
 from model.size import size
 from parallel.estimate.memory import active_parameters, layer_activation_bytes, stage_parameters
@@ -18,6 +16,7 @@ from parallel.estimate.operations import Operations
 from parallel.estimate.stages import stage_layers
 from parallel.estimate.workload import Workload
 from parallel.mesh import Layout
+from tests.parallel.estimate.cpu import widens_the_core
 from tests.parallel.estimate.published import H800, PUBLISHED
 
 SMALL = ModelConfig(
@@ -95,6 +94,6 @@ def test_a_layer_in_a_narrow_format_saves_what_is_predicted(
     model = replace(SMALL, recompute=("norm", "mla_up", "swiglu"))
     workload = Workload(model, Layout(), "dualpipe", 256, 2, 1, precision, 4)
     predicted = layer_activation_bytes(workload, model.is_moe(layer))
-    if core_inputs(*torch.zeros(3, 1, 1, 1, 8, dtype=torch.bfloat16))[0].dtype == torch.float32:
+    if widens_the_core(model):
         predicted += 512 * model.num_attention_heads * model.v_head_dim * 2
     assert predicted == pytest.approx(kept_bytes(model, layer, precision, 256, 2), rel=0.02)

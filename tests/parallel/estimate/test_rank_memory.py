@@ -9,7 +9,6 @@ import torch
 
 from benchmarks.measure import Alive
 from dualpipe.program import Slot
-from model.attention import core_inputs
 from model.config import ModelConfig, Recompute
 from parallel.estimate.memory import activation_bytes, deferred_bytes, rank_memory, stage_parameters
 from parallel.estimate.operations import Operations
@@ -20,6 +19,7 @@ from parallel.estimate.workload import SELECTIVE, Workload
 from parallel.mesh import Layout
 from parallel.optimizer_config import OptimizerConfig
 from parallel.worker import Job, Worker
+from tests.parallel.estimate.cpu import widens_the_core
 from tests.parallel.estimate.published import H800
 from tests.parallel.estimate.walk import held_bytes
 from tests.ranks import run_ranks
@@ -124,8 +124,7 @@ def predicted(case: Case, position: int) -> float:
     memory = rank_memory(Placement(program), w, parameters, np.zeros(program.ranks))[position]
     state = memory.parameters + memory.gradients + memory.optimizer
     stages = activation_bytes(w, layers)
-    widest = core_inputs(*torch.zeros(3, 1, 1, 1, 8, dtype=torch.bfloat16))[0].dtype
-    if case.precision != "fp32" and widest == torch.float32:  # a CPU may keep the core's result in FP32
+    if case.precision != "fp32" and widens_the_core(MODEL):
         core = w.tokens * MODEL.num_attention_heads * MODEL.v_head_dim * 2.0
         stages = [size + core * len(layers[stage]) for stage, size in enumerate(stages)]
     held = max(behind for _, behind in held_bytes(program, position, stages, deferred_bytes(w, layers)))
