@@ -86,7 +86,6 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, positions: Positions, again: Recomputation | None = None) -> Tensor:
         """``again``: what is made again of the layer."""
         c, dtype, again = self.config, x_BSD.dtype, again or Recomputation()
-        scale = c.softmax_scale
         c_q = x_BSD if c.q_lora_rank is None else again("norm", self.q_a_norm, self.q_a(x_BSD, again))
         latent, k_rope = self.kv_a(x_BSD, again).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         latent = again("norm", self.kv_a_norm, latent)
@@ -106,7 +105,7 @@ class Attention(nn.Module):
         )
         out_BHSK = again.narrowed(
             "mla_up",
-            lambda: _Core.apply(q, k, v, scale) if own_core else attend(q, k, v, scale, positions),
+            lambda: attend(q, k, v, c.softmax_scale, positions),
             lambda out: _without_padding(out, c.v_head_dim),
             lambda out_BSHV: F.pad(out_BSHV, (0, c.qk_head_dim - c.v_head_dim)),  # zeros, as values were padded with
         )
@@ -164,8 +163,12 @@ def attend(
     q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, scale: float | None = None, positions: Positions | None = None
 ) -> Tensor:
     """Causal attention core, from ``core_inputs``; within documents, where ``positions`` keeps them apart. ``scale``
-    multiplies the logits, None is the inverse root of K."""
+    multiplies the logits, None is the inverse root of K. What ``model.kernels.attention_core`` serves it computes, and
+    there values are as wide as they are."""
     mask = None if positions is None else positions.mask(q_BHSK.dtype)
+    if mask is None and core_kernels.serves(q_BHSK, q_BHSK.shape[-1], v_BHSK.shape[-1]):
+        out: Tensor = _Core.apply(q_BHSK, k_BHSK, v_BHSK, q_BHSK.shape[-1] ** -0.5 if scale is None else scale)
+        return out
     return F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=mask, is_causal=mask is None, scale=scale)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from model.attention import attend, core_inputs
+from model.kernels import attention_core
 from model.linear import GroupedLinear, Linear, WeightGradients
 from parallel.bucket import Bucket
 from parallel.estimate.calibrate.clock import Clock
@@ -50,8 +51,10 @@ def core_seconds(workload: Workload, device: torch.device, clock: Clock) -> tupl
     def drawn(width: int) -> Tensor:
         return torch.randn(*shape, width, device=device, dtype=dtype)
 
+    read = drawn(c.qk_head_dim), drawn(c.qk_head_dim), drawn(c.v_head_dim)
+    own_core = attention_core.serves(read[0], c.qk_head_dim, c.v_head_dim)
     with torch.no_grad():
-        inputs = core_inputs(drawn(c.qk_head_dim), drawn(c.qk_head_dim), drawn(c.v_head_dim))
+        inputs = [x.transpose(1, 2) for x in read] if own_core else core_inputs(*read)
     operands = q, k, v = tuple(x.requires_grad_() for x in inputs)
     forward = clock.seconds(lambda: attend(q, k, v))
     out = attend(q, k, v)
