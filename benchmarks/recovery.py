@@ -2,11 +2,20 @@
 
     python -m benchmarks.recovery [--rounds 5] [--fault kill] [--json]
 
-The run of ``dualpipe drill``, four ranks of a small model, loses its last rank in the sixth of eight steps: by SIGKILL
-(kill), or by SIGSTOP (hang), when it is there and does nothing more. Ours are the drills kill-unsaved, kill-forward and
-stop. Torchrun has the same model and layout, the ranks of ``recovery_ranks.py`` and torch's distributed checkpoint of
-every second step; TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, because with its defaults it never recovers; a timeout of 10
-seconds, because with the default of its process group it notices a stopped rank after half an hour.
+The run of ``dualpipe drill``, four ranks of a small model, is broken in the sixth of eight steps:
+
+- kill: its last rank dies by SIGKILL. Ours are the drills kill-unsaved and kill-forward.
+- hang: its last rank is there and does nothing more, by SIGSTOP (drill stop); or rank 0 never comes back from a
+  backward (drill hang).
+- node: two nodes of two ranks and a spare one, all on this machine; the launcher and the ranks of one die, in turns of
+  the second node and of the first, which has the store (drills lose-node and lose-node-store).
+- partition: the same on nodes with a network each, one of which is cut off (drill partition, which needs root). That
+  the rest has the run's only history is the drill's verdict: every step once, in one file.
+
+In the first two, torchrun has the same model and layout, the ranks of ``recovery_ranks.py`` and torch's distributed
+checkpoint of every second step; TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, because with its defaults it never recovers; a
+timeout of 10 seconds, because with the default of its process group it notices a stopped rank after half an hour. In
+the others there is nothing to compare with: a torchrun job whose lost node had the store is over.
 
 Contestants take turns; medians of: seconds from the fault until it was noticed, until the first forward begins, until
 the first step is done; the most steps taken again; and processes that were left, all rounds together.
@@ -30,7 +39,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.dispatch import positive
 from benchmarks.recovery_ranks import STEPS
+from launch import hosts
 from launch.config import Config, dump, load
 from launch.drill import DEFAULT, SHRUNK
 from launch.drills import drive
@@ -39,6 +50,7 @@ from launch.drills.verdict import ending, judge
 
 LIMIT_SECONDS = 600.0
 TIMEOUT_SECONDS = 10.0
+FAULTS = ("kill", "hang", "node", "partition")
 MARK = "DUALPIPE_BENCHMARK"
 
 
@@ -103,23 +115,36 @@ def _end_marked(mark: str) -> int:
     return left
 
 
-def contestants(fault: str, config: Config) -> dict[str, Callable[[Path], Sample]]:
+def contestants(fault: str) -> dict[str, Callable[[Path], Sample]]:
+    config = load(DEFAULT, SHRUNK)
     impatient = load(DEFAULT, [*SHRUNK, f"train.timeout_seconds={TIMEOUT_SECONDS}"])
-    if fault == "kill":
-        return {
-            "ours, peers' memory": lambda folder: ours(config, "kill-unsaved", folder),
-            "ours, checkpoints": lambda folder: ours(config, "kill-forward", folder),
-            "torchrun + DCP": lambda folder: torchrun(config, "SIGKILL", folder),
-        }
-    return {
-        "ours, checkpoints": lambda folder: ours(config, "stop", folder),
-        "torchrun + DCP": lambda folder: torchrun(impatient, "SIGSTOP", folder),
-    }
+    match fault:
+        case "kill":
+            return {
+                "ours, peers' memory": lambda folder: ours(config, "kill-unsaved", folder),
+                "ours, checkpoints": lambda folder: ours(config, "kill-forward", folder),
+                "torchrun + DCP": lambda folder: torchrun(config, "SIGKILL", folder),
+            }
+        case "hang":
+            return {
+                "ours, stopped": lambda folder: ours(config, "stop", folder),
+                "ours, never comes back": lambda folder: ours(config, "hang", folder),
+                "torchrun + DCP, stopped": lambda folder: torchrun(impatient, "SIGSTOP", folder),
+            }
+        case "node":
+            return {
+                "ours, second node": lambda folder: ours(config, "lose-node", folder),
+                "ours, the store's node": lambda folder: ours(config, "lose-node-store", folder),
+            }
+        case "partition":
+            return {"ours": lambda folder: ours(config, "partition", folder)}
+        case _:
+            raise AssertionError(fault)
 
 
 def measure(fault: str, rounds: int, folder: Path) -> dict[str, list[Sample]]:
     found: dict[str, list[Sample]] = {}
-    of = contestants(fault, load(DEFAULT, SHRUNK))
+    of = contestants(fault)
     for turn in range(rounds):
         for name in of if turn % 2 == 0 else reversed(of):
             place = folder / f"{fault}-{turn}-{len(found.setdefault(name, []))}-{list(of).index(name)}"
@@ -138,15 +163,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.recovery", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--fault", choices=("kill", "hang"), help="one of the two; both by default")
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--fault", choices=FAULTS, help="one of them; all by default")
     parser.add_argument("--json", action="store_true", help="print one object")
     arguments = parser.parse_args(argv)
     table = Table(title=f"seconds from the fault, medians of {arguments.rounds}")
     for column in ("fault", "", "noticed", "first forward", "first step", "steps lost", "processes left"):
         table.add_column(column, justify="left" if column in ("fault", "") else "right")
     rows: dict[str, dict[str, Any]] = {}
-    for fault in (arguments.fault,) if arguments.fault else ("kill", "hang"):
+    lacking = hosts.missing()
+    if lacking and arguments.fault == "partition":
+        parser.error(f"--fault partition: {lacking}")
+    for fault in (arguments.fault,) if arguments.fault else FAULTS:
+        if lacking and fault == "partition":
+            print(f"left out: partition: {lacking}", file=sys.stderr)
+            continue
         with tempfile.TemporaryDirectory(prefix="dualpipe-recovery-") as folder:
             samples = measure(fault, arguments.rounds, Path(folder))
         rows[fault] = {name: _middle(of) for name, of in samples.items()}
