@@ -75,7 +75,7 @@ def test_whatever_is_broken_does_not_show_in_the_end(
     assert culprits["kill-restart"] == "rank 1 was ended by SIGKILL, then rank 0 was ended by SIGKILL"
     assert re.fullmatch(r"step-00000004/__\d_0.distcp", culprits["bit-flip"])
     assert re.fullmatch(r"rank 1 is slow: [3-9]\.\d times", culprits["slow-5x"])
-    assert "rank 1 is silent, dead or stopped" in culprits["stop"]
+    assert "rank 1 is silent, stopped by a signal" in culprits["stop"]
     assert culprits["nan"] == "loss or gradient is not finite (step 6)", "as if its batch had been left out as planned"
     assert culprits["flipped-master"] == "bits changed by themselves: master weights of rank 1 (step 6)"
     lost = {name: found["lost_steps"] for name, found in verdicts.items()}
