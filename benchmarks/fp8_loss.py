@@ -22,13 +22,16 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
+from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import spawn
 
 from benchmarks.fp8_loss_ranks import CONFIG, VARIANTS, Run, configuration, work
 from benchmarks.loss_curves import CLAIM, svg
+from launch.command import progress_bar
 from launch.config_file import read
 from launch.data import DataError, open_dataset
 
@@ -164,8 +167,15 @@ def run_all(runs: list[Run], steps: int, results: Path, mark: dict[str, str]) ->
     results.parent.mkdir(parents=True, exist_ok=True)
     world = configuration(runs[0], steps).layout.world_size
     with tempfile.TemporaryDirectory() as stores:
-        arguments = (runs, steps, results, mark, Path(stores))
-        spawn(work, arguments, nprocs=world)
+        told: SimpleQueue[str] = get_context("spawn").SimpleQueue()
+        # Ranks that are daemons end with this process, also where a signal ends it alone.
+        ranks = spawn(work, (runs, steps, results, mark, Path(stores), told), nprocs=world, join=False, daemon=True)
+        with progress_bar("train", len(runs) * steps, "steps") as advance:
+            over = False
+            while not over:
+                over = ranks.join(timeout=0.25)
+                while not told.empty():
+                    print(line, file=sys.stderr) if (line := told.get()) else advance()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -191,6 +201,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ResultsError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on after the runs that {options.results} has", file=sys.stderr)
+        return 130
     result = summary(losses)
     if options.svg is not None and "verdict" not in result:
         print(f"--svg={options.svg} was not drawn: it needs two seeds", file=sys.stderr)

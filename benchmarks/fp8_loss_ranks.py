@@ -6,10 +6,12 @@ depend on what it is and nothing else, so that a run made today can be compared 
 
 import json
 import os
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,36 +39,47 @@ def configuration(run: Run, steps: int) -> Config:
     return load(CONFIG, (f"train.seed={run.seed}", f"train.steps={steps}", f"precision.compute={compute}"))
 
 
-def work(rank: int, runs: list[Run], steps: int, results: Path, stamp: dict[str, str], stores: Path) -> None:
-    """A rank's life: all of ``runs``; rank 0 appends a line to ``results`` after each, which ``stamp`` is part of."""
+def work(
+    rank: int, runs: list[Run], steps: int, results: Path, stamp: dict[str, str], stores: Path, told: "SimpleQueue[str]"
+) -> None:
+    """A rank's life: all of ``runs``; rank 0 appends a line to ``results`` after each, which ``stamp`` is part of.
+    ``told``: an empty word after each step, and after each run what it came to."""
     die_with_parent()
     torch.set_num_threads(1)
     keep_memory()
     run_in_long_slices()
-    for number, run in enumerate(runs):
+    for number, run in enumerate(runs, 1):
         config = configuration(run, steps)
         world = config.layout.world_size
         store = f"file://{stores / str(number)}"
         dist.init_process_group("gloo", store, timedelta(minutes=10), world_size=world, rank=rank)
-        losses = train(config, rank, moved=run.variant == "control")
+        losses = train(config, rank, run.variant == "control", (lambda: told.put("")) if rank == 0 else lambda: None)
         if rank == 0:
-            line = json.dumps({**stamp, "steps": steps, "seed": run.seed, "variant": run.variant, "loss": losses})
-            with results.open("a") as file:
-                file.write(line + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            print(f"seed {run.seed}, {run.variant}: {losses[-1]:.4f} nats a token in the last step", file=sys.stderr)
+            _append(results, {**stamp, "steps": steps, "seed": run.seed, "variant": run.variant, "loss": losses})
+            last = f"{losses[-1]:.4f} nats a token in the last step"
+            told.put(f"run {number} of {len(runs)}, seed {run.seed}, {run.variant}: {last}")
         dist.barrier()
         dist.destroy_process_group()
 
 
-def train(config: Config, rank: int, moved: bool) -> list[float]:
+def _append(results: Path, entry: dict[str, Any]) -> None:
+    with results.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def train(config: Config, rank: int, moved: bool, after_step: Callable[[], None]) -> list[float]:
     """Cross-entropy (nats a token) of every step. Collective."""
     data = open_dataset(config)
     worker = Worker(job_of(config, torch.device("cpu"), config.layout.world_size, data.document_end), rank)
     if moved:
         move_weight(worker)
-    return [round(_step(worker, config, data, step), 6) for step in range(config.train.steps)]
+    losses = []
+    for step in range(config.train.steps):
+        losses.append(round(_step(worker, config, data, step), 6))
+        after_step()
+    return losses
 
 
 def move_weight(worker: Worker) -> None:

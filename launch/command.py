@@ -54,9 +54,9 @@ def reported(command: Callable[[], None]) -> int:
 
 
 @contextmanager
-def progress_bar(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr, if that is a terminal, over ``total`` tensors; call what it gives after each."""
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("tensors"), TimeRemainingColumn())
+def progress_bar(title: str, total: int, unit: str = "tensors") -> Iterator[Callable[[], None]]:
+    """A bar on stderr, if that is a terminal, over so many of ``unit``; call what it gives after each."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total)

@@ -3,12 +3,15 @@
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import fp8_loss
 from benchmarks.fp8_loss import Interval, ResultsError, interval, main, read_results, summary, t_quantile, verdict
 from benchmarks.fp8_loss_ranks import BY, MOVED, VARIANTS, Run, configuration, move_weight
 from benchmarks.loss_curves import svg
@@ -78,6 +81,44 @@ def test_the_figures_of_the_document_are_those_of_its_losses(capsys: pytest.Capt
 def test_a_report_of_nothing_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--report", "--results", str(tmp_path / "none")]) == 2
     assert f"--results={tmp_path / 'none'} is not there" in capsys.readouterr().err
+
+
+def test_whoever_watches_sees_every_step_and_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Ranks:
+        """Two runs of two steps, of which the last is told when the ranks have ended."""
+
+        def __init__(self, work: Any, arguments: tuple[Any, ...], **options: Any) -> None:
+            self.told, self.parts = arguments[-1], [["", "", "run 1"], ["", "", "run 2"]]
+
+        def join(self, timeout: float) -> bool:
+            for word in self.parts.pop(0):
+                self.told.put(word)
+            return not self.parts
+
+    @contextmanager
+    def bar(title: str, total: int, unit: str) -> Iterator[Any]:
+        seen = []
+        yield lambda: seen.append(unit)
+        assert len(seen) == total == 4 and unit == "steps"
+
+    monkeypatch.setattr(fp8_loss, "spawn", Ranks)
+    monkeypatch.setattr(fp8_loss, "progress_bar", bar)
+    fp8_loss.run_all([Run(1, "bf16"), Run(1, "fp8")], 2, tmp_path / "results.jsonl", MARK)
+    assert capsys.readouterr().err == "run 1\nrun 2\n"
+
+
+def test_a_stop_says_that_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fp8_loss, "stamp", lambda steps: MARK)
+    monkeypatch.setattr(fp8_loss, "run_all", stopped)
+    assert main(["--results", str(tmp_path / "results.jsonl")]) == 130
+    assert capsys.readouterr().err.startswith("stopped; the same command goes on")
 
 
 def test_the_picture_has_a_curve_for_every_seed_and_their_means() -> None:
