@@ -19,12 +19,14 @@ import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.fp8 import SIZE
-from model.fp8.quantise import Quantised, Scale, Tile, dequantise, quantise
+from model.fp8.quantise import Quantised, Scale, Tile, column_ends, dequantise, quantise
+from model.kernels import scaled_products as kernels
 from model.mlp import activate
 
 
@@ -101,19 +103,48 @@ class Reference(Gemm):
 
 
 class Emulated(Gemm):
-    """Anywhere: the scales go into the operands, and one FP32 product does the rest. Products of two E4M3 numbers are
-    exact in FP32 and so is a power-of-two scale; another one costs a rounding of each operand, 2^-24."""
+    """Anywhere. A CPU with AVX512_BF16 computes the definition by our own kernels. Elsewhere scales go into operands, and
+    one FP32 product does the rest: products of two E4M3 numbers are exact in FP32 and so is a power-of-two scale; another
+    one costs a rounding of each operand, 2^-24."""
 
     name = "emulated"
 
+    def by_kernel(self, a: Quantised) -> bool:
+        return kernels.serves(a.stored)
+
     def product(self, a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
+        if self.by_kernel(a):
+            if b.tile is Tile.BLOCK:
+                ends_E = torch.tensor([len(a.stored)], dtype=torch.int32)
+                return _by_blocks(a, b.matrices(), ends_E, dtype)
+            if a.tile.turned() is b.tile.turned() is Tile.COLUMN and dtype == torch.float32:
+                return _weight_gradient(a.t(), b.t()).squeeze(0)
         return F.linear(_widened(a), _widened(b)).to(dtype)
 
     def by_rows(self, a: Quantised, b: Quantised, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.by_kernel(a):
+            return _by_blocks(a, b, ends_E, dtype)
         return F.grouped_mm(_widened(a), _widened(b).transpose(1, 2), offs=ends_E).to(dtype)
 
     def by_columns(self, a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
+        if self.by_kernel(a):
+            return _weight_gradient(a.t(), b.t()).to(dtype)
         return F.grouped_mm(_widened(a), _widened(b).t(), offs=a.ends_E).to(dtype)
+
+
+def _by_blocks(a: Quantised, b: Quantised, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
+    assert a.tile is Tile.ROW and b.tile is Tile.BLOCK, (a.tile, b.tile)
+    turned = not b.stored.is_contiguous()
+    w = b.t() if turned else b
+    return kernels.by_blocks(a.stored, a.scales, w.stored, w.scales, turned, ends_E.numpy(), dtype)
+
+
+def _weight_gradient(gy: Quantised, x: Quantised) -> Tensor:
+    """[E, F, D]; a layer without experts has one."""
+    assert gy.tile is x.tile is Tile.COLUMN, (gy.tile, x.tile)
+    ends = [len(gy.stored)] if gy.ends_E is None else gy.ends_E.tolist()
+    stops, ends_E = np.array(column_ends(ends), np.int64), np.array(ends, np.int32)
+    return kernels.weight_gradient(gy.stored, gy.scales, x.stored, x.scales, stops, ends_E)
 
 
 def _widened(q: Quantised) -> Tensor:

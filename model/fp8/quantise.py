@@ -77,6 +77,10 @@ class Quantised:
         assert self.tile is Tile.ROW and self.ends_E is None, self
         return Quantised(self.stored[start:stop], self.scales[start:stop], self.tile, self.format, self.width)
 
+    def matrices(self) -> "Quantised":
+        """A view of a matrix as the only expert's."""
+        return Quantised(self.stored.unsqueeze(0), self.scales.unsqueeze(0), self.tile, self.format, self.width)
+
     def matrix(self, expert: int) -> "Quantised":
         """A view of one expert's matrix."""
         return Quantised(self.stored[expert], self.scales[expert], self.tile, self.format, self.width)
@@ -118,13 +122,11 @@ def _quantise_by_kernel(x_TD: Tensor, tile: Tile, scale: Scale, ends_E: Tensor |
     if tile is Tile.ROW:
         stored, scales = kernels.rows(x_TD, rounded)
     else:
-        stored, scales = kernels.columns(
-            x_TD, _column_ends([len(x_TD)] if ends_E is None else ends_E.tolist()), rounded
-        )
+        stored, scales = kernels.columns(x_TD, column_ends([len(x_TD)] if ends_E is None else ends_E.tolist()), rounded)
     return Quantised(stored, scales, tile, E4M3, x_TD.shape[1], ends_E)
 
 
-def _column_ends(ends: Iterable[int]) -> list[int]:
+def column_ends(ends: Iterable[int]) -> list[int]:
     """Where COLUMN tiles end that begin anew at each of ``ends``."""
     stops, start = [], 0
     for stop in ends:
@@ -231,7 +233,7 @@ def _ranges(length: int, size: int) -> Iterator[tuple[slice, int, slice]]:
 def _group_tiles(ends_E: Tensor) -> tuple[list[int], Tensor]:
     """(how many COLUMN tiles end with each expert, the tile of each row). On a GPU the host waits for ``ends_E``."""
     ends = ends_E.tolist()
-    stops = _column_ends(ends)
+    stops = column_ends(ends)
     lengths = torch.tensor([stop - start for start, stop in pairwise([0, *stops])], dtype=torch.int64)
     return [bisect_right(stops, end) for end in ends], torch.repeat_interleave(lengths.to(ends_E.device))
 

@@ -19,7 +19,18 @@ from model.fp8.quantise import Quantised, Scale, Tile, dequantise, quantise
 ROUNDING = 2.0**-22
 """Of an FP32 sum, relative to the sum of its terms' magnitudes."""
 seeds = st.integers(0, 2**31)
-anywhere = pytest.mark.parametrize("gemm", [Reference(), Emulated()], ids=lambda g: g.name)
+
+
+class Widened(Emulated):
+    """As on a CPU without kernels for it."""
+
+    name = "widened"
+
+    def by_kernel(self, a: Quantised) -> bool:
+        return False
+
+
+anywhere = pytest.mark.parametrize("gemm", [Reference(), Emulated(), Widened()], ids=lambda g: g.name)
 
 
 def operands(generator: torch.Generator, *shapes: tuple[int, ...]) -> list[Tensor]:

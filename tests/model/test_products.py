@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import model.kernels.calls
+from model.fp8.gemm import Emulated
+from model.fp8.quantise import Tile, quantise
 from model.kernels import products, registers
 
 pytestmark = pytest.mark.skipif(not registers.available(), reason="needs a CPU with AVX512_BF16 and without AMX")
@@ -66,6 +68,25 @@ def test_a_row_s_bits_are_its_own_however_many_rows_and_threads_there_are(monkey
     for _ in range(10):
         for one, many in zip(alone, all_of_them(), strict=True):
             assert torch.equal(one, many)
+
+
+def test_threads_share_products_of_e4m3(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, gy, weight, ends = drawn(4, [150, 0, 33], 200, 136)
+    rows, blocks = (quantise(of, Tile.ROW) for of in (x, gy)), quantise(weight, Tile.BLOCK)
+    x_rows, gy_rows = rows
+    groups = torch.from_numpy(ends)
+    columns = [quantise(of, Tile.COLUMN, ends_E=groups) for of in (gy, x)]
+
+    def all_of_them() -> list[Tensor]:
+        gemm, dtype = Emulated(), torch.bfloat16
+        made = gemm.fprop(x_rows, blocks, groups, dtype), gemm.dgrad(gy_rows, blocks, groups, dtype)
+        return [*made, gemm.wgrad(*columns)]
+
+    alone = all_of_them()
+    monkeypatch.setattr(model.kernels.calls, "PART_ELEMENTS", 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for one, many in zip(alone, all_of_them(), strict=True):
+        assert torch.equal(one, many)
 
 
 def test_nan_and_infinity_are_not_hidden() -> None:
