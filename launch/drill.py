@@ -15,7 +15,7 @@ from launch.command import Parser, UsageError, reported
 from launch.config import Config, load
 from launch.drills import drive
 from launch.drills.fault import Plan
-from launch.drills.scenarios import SCENARIOS, Again, Scenario
+from launch.drills.scenarios import SCENARIOS, Scenario
 from launch.drills.soak import Soaked, soak
 from launch.drills.verdict import Ending, Verdict, ending, judge
 from launch.nodes.roster import NodeCount
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--control",
         action="store_true",
-        help="without restarts, checksums, memory and watch: every verdict must fail",
+        help="without what protects a run: every verdict must fail",
     )
     parser.add_argument("--soak", metavar="TIME", help="no scenario, but random faults for so long: 90s, 20m, 2h")
     parser.add_argument("--seed", type=int, default=0, help="of the faults of --soak")
@@ -131,13 +131,10 @@ def _told_gaps(soaked: Soaked) -> Iterator[str]:
 
 
 def _drill_scenarios(arguments: argparse.Namespace) -> list[bool]:
-    chosen = [scenario for scenario in _chosen(arguments.scenarios) if not arguments.control or _has_control(scenario)]
+    chosen = _chosen(arguments.scenarios)
     if arguments.list:
         _list(chosen, arguments.json)
         return []
-    for name in arguments.scenarios if arguments.control else ():
-        if not _has_control(SCENARIOS[name]):
-            raise UsageError(f"--control: scenario {name} has no protection that can be switched off")
     if lacking := hosts.missing():
         clustered = [scenario.name for scenario in chosen if scenario.hosts]
         for name in clustered:
@@ -170,11 +167,6 @@ def _chosen(names: Sequence[str]) -> list[Scenario]:
             close = difflib.get_close_matches(name, SCENARIOS, n=1, cutoff=0.0)
             raise UsageError(f"SCENARIO={name!r} is not a scenario; did you mean {close[0]}? (--list shows all)")
     return [SCENARIOS[name] for name in dict.fromkeys(names or SCENARIOS)]
-
-
-def _has_control(scenario: Scenario) -> bool:
-    """Whether the run survives by something that can be switched off: restarts, checksums, memory, a watch."""
-    return scenario.again is not Again.USER or scenario.damage is not None
 
 
 def _list(scenarios: Sequence[Scenario], as_json: bool) -> None:

@@ -305,4 +305,8 @@ def _end_with_launcher() -> None:
     launcher = multiprocessing.parent_process()
     assert launcher is not None
     launcher.join()
+    end_now()
+
+
+def end_now() -> None:
     os._exit(train.FAILED)

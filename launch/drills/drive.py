@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from launch.bad_steps import SkippedBatches
-from launch.config import Config, dump
+from launch.config import CheckpointConfig, Config, dump
 from launch.drills import damage as damages
 from launch.drills.damage import Damage
 from launch.drills.fault import PLAN, Action, Fault, Plan, Point
@@ -38,6 +38,8 @@ from parallel.checkpoint import published
 
 INTERRUPT_AFTER = 2 * EVERY + 1
 """The step after which a launcher is interrupted."""
+CONTROL_GRACE_SECONDS = 3600
+"""How long ranks of a control may take to end at a signal: longer than any start of it."""
 CONTROL_WAIT_SECONDS = 60.0
 """How long the nodes of a control wait for one that does not come."""
 END_SECONDS = 5.0
@@ -78,24 +80,30 @@ def drilled(config: Config, run: Path, scenario: Scenario | None = None, control
     """The configuration that is drilled: the user's, with few steps, many checkpoints and no validation; with what a
     scenario needs, or, as a control, without what protects it."""
     restarts, every, asynchronous, replicated = 0, EVERY, False, False
-    guard = RecoveryConfig()
+    guard = RecoveryConfig(grace_seconds=CONTROL_GRACE_SECONDS) if control else RecoveryConfig()
     if scenario is not None:
+        every = scenario.every
         if scenario.guard is not None and not control:
             guard = scenario.guard
         asynchronous = scenario.asynchronous
         if scenario.replicated:  # its control is restarted too, and finds nothing in memory
-            every, replicated = 0, not control
+            replicated = not control
         if scenario.again is Again.LAUNCHER and (scenario.replicated or scenario.returns or not control):
             restarts = len(scenario.faults)
         if scenario.returns and control:
             guard = replace(guard, node_wait_seconds=CONTROL_WAIT_SECONDS)
         if scenario.restarts is not None:
-            restarts = scenario.restarts
+            restarts = len(scenario.faults) if control else scenario.restarts
     return replace(
         config,
         train=replace(config.train, steps=STEPS, validate_every=0),
         data=replace(config.data, validation_sequences=0),
-        checkpoint=replace(config.checkpoint, every=every, keep=STEPS // EVERY, asynchronous=asynchronous),
+        checkpoint=CheckpointConfig(
+            every=every,
+            keep=STEPS // EVERY,
+            asynchronous=asynchronous,
+            on_error="continue" if control else "stop",
+        ),
         recovery=replace(guard, max_restarts=restarts, replicate_every=int(replicated)),
         run=replace(config.run, dir=str(run), trace=False),
     )
@@ -122,7 +130,7 @@ def undisturbed(config: Config, folder: Path, without: Sequence[int] = ()) -> Ev
 def disturbed(scenario: Scenario, config: Config, folder: Path, control: bool, limit_seconds: float) -> Evidence:
     """Run a scenario in a fresh folder; ``control``: without what protects the run. Each start may take
     ``limit_seconds``. Raises ConfigError for faults that would never happen to this configuration."""
-    plan = Plan(folder / PLAN_FILE, scenario.faults, verify_checkpoints=not control)
+    plan = Plan(folder / PLAN_FILE, scenario.faults, protected=not control)
     nodes = NodeCount(scenario.nodes, scenario.nodes + scenario.spares)
     with Drive(drilled(config, folder / "run", scenario, control), plan, limit_seconds, nodes, scenario.hosts) as drive:
         attempts = [drive.start(scenario.interrupt, returns=scenario.returns)]
@@ -206,14 +214,16 @@ class Drive:
     def start(
         self,
         interrupt: signal.Signals | None = None,
-        is_due: Callable[[int], bool] = lambda steps: steps >= INTERRUPT_AFTER,
+        is_due: Callable[[int], bool] | None = None,
         poll_seconds: float = _POLL_SECONDS,
         words: Sequence[str] = (),
         returns: bool = False,
     ) -> Attempt:
         """Train until the command ends, or until ``limit_seconds`` are over; ``interrupt`` it once that ``is_due``: it
-        is asked with the steps done, every ``poll_seconds``. ``words``: overrides; ``returns``: whether another
+        is asked with the steps done, every ``poll_seconds``; by default that is so after the step ``INTERRUPT_AFTER``,
+        once all faults have happened. ``words``: overrides; ``returns``: whether another
         launcher is started once a step was taken again."""
+        is_due = is_due or (lambda steps: steps >= INTERRUPT_AFTER and None not in self.struck())
         resumed, before, began = len(self._resumes()), self._last_entry(), time.time()
         self.output.unlink(missing_ok=True)
         launchers = self._launch(1 if self.hosts else self.nodes.most, words)

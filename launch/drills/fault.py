@@ -108,16 +108,17 @@ class Fault:
 
 @dataclass(frozen=True)
 class Plan:
-    """The faults that ``file`` holds. ``verify_checkpoints``: False has checkpoints loaded without a look at their
-    checksums, which is what a drill compares the protection with."""
+    """The faults that ``file`` holds. ``protected``: False has ranks do without what guards them by itself, which is
+    what a drill compares them with: checkpoints are loaded without a look at their checksums, SIGTERM ends a rank at
+    once, and a rank outlives its launcher."""
 
     file: Path
     faults: tuple[Fault, ...] = ()
-    verify_checkpoints: bool = True
+    protected: bool = True
 
     def write(self) -> None:
         faults = [{**asdict(f), "action": f.action.name, "point": f.point.name} for f in self.faults]
-        values = {"faults": faults, "verify_checkpoints": self.verify_checkpoints}
+        values = {"faults": faults, "protected": self.protected}
         self.file.write_text(json.dumps(values, indent=1) + "\n")
 
     def mark(self, fault: Fault) -> Path:
@@ -186,9 +187,9 @@ def read(file: Path, run: Path) -> Plan:
     try:
         values = json.loads(file.read_text())
         faults = tuple(_fault(fault) for fault in values["faults"])
-        if type(values["verify_checkpoints"]) is not bool:
-            raise TypeError("verify_checkpoints must be true or false")
-        return Plan(file, faults, values["verify_checkpoints"])
+        if type(values["protected"]) is not bool:
+            raise TypeError("protected must be true or false")
+        return Plan(file, faults, values["protected"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{PLAN}={file} must be a fault plan: {error!r}") from None
 

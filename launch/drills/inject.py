@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 import torch
 
-from launch import hosts
+from launch import hosts, local
 from launch.config import Config
 from launch.drills.fault import PLAN, Action, Fault, Plan, Point
 from launch.run_folder import RunFolder
@@ -33,6 +33,8 @@ from parallel.worker import Worker
 
 FULL_DISK_BYTES = 64
 SPIKE_NATS = 1e5
+HOLD_SECONDS = 600.0
+"""How long a rank is held at most: what outlives its launcher, as in a control, must not outlive the drill for good."""
 _POLL_SECONDS = 0.01
 _COMPUTING = {
     Point.FORWARD: ("forward", "overlapped"),
@@ -72,14 +74,24 @@ def arm(
     Raises ConfigError for a fault that would never happen.
     """
     plan.check(config)
-    if not plan.verify_checkpoints:
-        checkpoint.damage = lambda path: None
+    if not plan.protected:
+        _do_without_protection(hangs=any(fault.action is Action.HANG for fault in plan.faults))
     _say_when_it_begins(plan.forwards, worker)
     checkpoints = RunFolder(config).checkpoints
     here = _Here(rank, worker, replica, checkpoints, current_step, lambda: plan.released.exists() or is_regrouping())
     for fault in plan.faults:
         if fault.happens_to(rank, config.layout.world_size):
             _arm(fault, plan, here)
+
+
+def _do_without_protection(hangs: bool) -> None:
+    """``hangs``: whether a rank will; that one must not end at SIGTERM, or nobody would have to end it."""
+    checkpoint.damage = lambda path: None
+    if not hangs:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, 0)
+    setattr(local, "end_now", lambda: None)  # noqa: B010
 
 
 def _say_when_it_begins(file: Path, worker: Worker) -> None:
@@ -280,7 +292,8 @@ def _act(action: Action, here: _Here) -> None:
             while True:
                 time.sleep(60)
         case Action.HOLD:
-            while not here.may_go_on():
+            deadline = time.monotonic() + HOLD_SECONDS
+            while not here.may_go_on() and time.monotonic() < deadline:
                 time.sleep(_POLL_SECONDS)
         case Action.FULL_DISK:
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]

@@ -40,8 +40,10 @@ class Scenario:
     status: int = 0
     asynchronous: bool = False
     """Whether checkpoints are written behind the loop. Otherwise it is known which steps a checkpoint has."""
+    every: int = EVERY
+    """Steps from a checkpoint to the next; 0: there is none before the run ends."""
     replicated: bool = False
-    """Whether memory keeps every step, and no checkpoint is written before the end."""
+    """Whether memory keeps every step."""
     restarts: int | None = None
     """How often the launcher starts the ranks again; by default once for each fault where that is its task, and not at
     all otherwise."""
@@ -73,12 +75,12 @@ def _hangs(name: str, action: Action, point: Point, broken: str, rank: int = -1)
 
 def _unsaved(name: str, action: Action, broken: str) -> Scenario:
     killed = Fault(action, -1, _FAULT_STEP, Point.FORWARD)
-    return Scenario(name, broken, 1, (killed,), again=Again.LAUNCHER, replicated=True)
+    return Scenario(name, broken, 1, (killed,), again=Again.LAUNCHER, every=0, replicated=True)
 
 
 def _loses_node(name: str, rank: int, broken: str) -> Scenario:
     lost = Fault(Action.LOSE_NODE, rank, _FAULT_STEP, Point.FORWARD)
-    return Scenario(name, broken, 1, (lost,), again=Again.LAUNCHER, replicated=True, fewest_ranks=2, nodes=2, spares=1)
+    return replace(_unsaved(name, Action.LOSE_NODE, broken), faults=(lost,), fewest_ranks=2, nodes=2, spares=1)
 
 
 def _slow(times: float) -> Scenario:
@@ -146,6 +148,7 @@ _ALL = (
             Fault(Action.HOLD, 0, _FAULT_STEP + 1, Point.FORWARD),
         ),
         again=Again.LAUNCHER,
+        every=0,
         replicated=True,
         fewest_ranks=2,
         nodes=2,
@@ -195,7 +198,7 @@ _ALL = (
     replace(_SKIPS, name="skip-nodes", broken="last rank of node 1 of 2 leaves out a gather of parameters", nodes=2),
     _slow(2),
     _slow(5),
-    Scenario("terminate", "SIGTERM to the launcher", 0, interrupt=signal.SIGTERM, status=128 + signal.SIGTERM),
+    Scenario("terminate", "SIGTERM to the launcher", 0, interrupt=signal.SIGTERM, status=128 + signal.SIGTERM, every=0),
     Scenario(
         "terminate-short",
         "SIGTERM, too little grace for a step that hangs",
@@ -205,8 +208,14 @@ _ALL = (
         status=128 + signal.SIGTERM,
         guard=RecoveryConfig(grace_seconds=2),
     ),
-    # A step more may be taken between the look at the metrics and the signal.
-    Scenario("kill-launcher", "launcher killed", EVERY, interrupt=signal.SIGKILL, status=-signal.SIGKILL),
+    Scenario(
+        "kill-launcher",
+        "launcher killed",
+        lost_steps=1,
+        faults=(Fault(Action.HOLD, 0, _FAULT_STEP, Point.FORWARD),),  # or those who outlive it would soon be done
+        interrupt=signal.SIGKILL,
+        status=-signal.SIGKILL,
+    ),
     *(_damaged(damage) for damage in Damage),
     _goes_bad(
         "nan", Action.NAN, Point.REDUCE, "a gradient of the last rank is NaN", RecoveryConfig(max_bad_steps=1), True
@@ -245,7 +254,7 @@ _ALL = (
         "disk-full-behind",
         "no room for a shard that is written behind the loop",
         lost_steps=EVERY + 2,  # until the other ranks know, they may take a step or two
-        faults=(Fault(Action.FULL_DISK, -1, _FAULT_STEP, Point.SHARD),),
+        faults=(Fault(Action.FULL_DISK, -1, 2 * EVERY, Point.SHARD),),
         status=2,
         asynchronous=True,
     ),

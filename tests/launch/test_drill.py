@@ -88,10 +88,15 @@ def test_whatever_is_broken_does_not_show_in_the_end(
 
 
 def test_without_the_protection_the_drills_fail(two_ranks: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status = drill.main(["bit-flip", "spike", "--control", "--config", str(two_ranks)])
+    names = ["bit-flip", "kill-launcher", "terminate", "spike"]
+    status = drill.main([*names, "--control", "--config", str(two_ranks)])
     out, error = capsys.readouterr()
     assert status == 1, out + error
-    flipped, spike = out[out.index("\nbit-flip ") :].split("\nspike ")
+    flipped, rest = out[out.index("\nbit-flip ") :].split("\nkill-launcher ")
+    orphans, rest = rest.split("\nterminate ")
+    terminated, spike = rest.split("\nspike ")
+    assert re.fullmatch(r".* equal .* FAILED\n    left behind: process [^\n]*", orphans, re.DOTALL)
+    assert re.fullmatch(r".* equal .* FAILED\n    it did not go on from a checkpoint", terminated, re.DOTALL)
     assert re.match(r"\nbit-flip .* differs .* FAILED\n", flipped)
     assert "\n    the state after the last step differs\n" in f"{flipped}\n"
     assert re.match(r".* differs .* FAILED\n", spike) and "\n    the culprit was not named\n" in spike
@@ -101,7 +106,6 @@ def test_without_the_protection_the_drills_fail(two_ranks: Path, capsys: pytest.
     ("words", "said"),
     [
         (["kill-foward"], "SCENARIO='kill-foward' is not a scenario; did you mean kill-forward?"),
-        (["--control", "terminate"], "scenario terminate has no protection that can be switched off"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--nothing"], "--nothing"),
     ],
