@@ -12,13 +12,14 @@ from launch.config import Config, ConfigError
 from launch.data import Dataset
 from launch.keeper import Regions
 from launch.launcher import Failure
-from launch.rank import together
+from launch.rank import Place, together
 from launch.run_folder import RunFolder
 from parallel import checkpoint
 from parallel.checkpoint import CheckpointError, DamagedCheckpointError, Progress
 from parallel.mesh import Layout
 from parallel.recovery import Choice
 from parallel.replica import Replica
+from parallel.rescue import rescue
 from parallel.worker import Worker
 
 
@@ -50,12 +51,19 @@ def open_run(
     return lock
 
 
-def open_memory(worker: Worker, every: int, regions: Regions | None, folder: RunFolder) -> Replica | None:
-    """What outlives this rank in memory, in ``regions``, for snapshots after each ``every``-th step; None for 0.
-    Collective. Raises ConfigError on every rank when it cannot be had."""
+def open_memory(
+    worker: Worker, every: int, memory: Sequence[Regions] | None, here: Place, folder: RunFolder
+) -> Replica | None:
+    """What outlives this rank, of the ``memory`` of its node, for snapshots after each ``every``-th step; None for 0.
+    What is in it of another layout becomes a checkpoint. Collective. Raises ConfigError on every rank when it cannot be
+    had, and CheckpointError."""
     if not every:
         return None
-    assert regions is not None, "refused before"
+    assert memory is not None, "refused before"
+    regions = memory[here.local_rank]
+    share = [path for pair in memory[here.local_rank :: here.local_world_size] for path in pair]
+    if (rescued := rescue(worker, share, folder.checkpoints)) is not None and worker.rank == 0:
+        folder.events.write("checkpoint", step=checkpoint.step_of(rescued), path=str(rescued), source="memory")
 
     def open_regions() -> Replica:
         try:

@@ -94,8 +94,7 @@ class Trainer:
                 self._say(str(self.worker.products))
             self.recorder = Recorder(self.worker.program, config.layout, self.rank) if config.run.trace else None
             memory = None if self.launcher is None else self.launcher.memory
-            regions = memory[self.here.local_rank] if memory else None
-            self.replica = open_memory(self.worker, config.recovery.replicate_every, regions, self.folder)
+            self.replica = open_memory(self.worker, config.recovery.replicate_every, memory, self.here, self.folder)
             self.resume = Resume(self.worker, self.replica, self.folder, self._say)
             if drill is not None:
                 self._expect_faults(drill)

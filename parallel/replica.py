@@ -7,8 +7,9 @@ its peer: when masters change, the snapshot before is whole everywhere, and the 
 before that. So whatever dies whenever, a common step is left, at most one behind the last that was done.
 
 The memory is two regions a rank, files that somebody who outlives the ranks holds (``launch/keeper.py``). A region has
-two slots, each a page with the mark of what is in it, then the values of the pieces one behind the other. A slot whose
-mark is absent or torn holds nothing.
+two slots, each a page with the mark of what is in it, pages that say which pieces these are, and their values one
+behind the other. A slot whose mark is absent or torn holds nothing. Ranks of another layout cannot go on from it, but
+make a checkpoint of it (``rescue.py``).
 """
 
 import hashlib
@@ -39,12 +40,16 @@ _BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Mark:
-    """What a slot holds: the state of ``owner``, ``digest`` saying which pieces in which order, and its CRC-32."""
+    """What a slot holds: the state of ``owner`` of so many ``ranks``, in so many ``bytes``; ``digest`` says which
+    pieces in which order, ``layout`` how ranks divide them."""
 
     owner: int
+    ranks: int
+    layout: str
     step: int
     sequences: int
     digest: str
+    bytes: int
     crc32: int
 
 
@@ -118,13 +123,17 @@ class Replica:
         self.keeper, self.peer = layout.keeper(worker.rank), layout.kept(worker.rank)
         self._rng = torch.get_rng_state()
         self._pieces = pieces(worker, self._rng, loading=True)
-        self.bytes, self.digest = size_bytes(self._pieces), _digest(self._pieces)
+        self.layout, described = layout_of(worker), describe(self._pieces)
+        self.digest = hashlib.sha256(described).hexdigest()
+        self.bytes = len(described) + size_bytes(self._pieces)
         self._group = dist.new_group(backend="gloo", timeout=collective_timeout(worker.job.timeout_seconds))
         self._about: list[tuple[int, str]] = [(0, "")] * self.ranks
         dist.all_gather_object(self._about, (self.bytes, self.digest), group=self._group)
         self.own = region(own, self.bytes)
         self.kept = [] if self.peer == self.rank else region(kept, self._about[self.peer][0])
-        self._snapshots = [Snapshot(self._pieces, slot.values) for slot in self.own]
+        for slot in self.own:
+            slot.values[: len(described)] = torch.frombuffer(bytearray(described), dtype=torch.uint8)
+        self._snapshots = [Snapshot(self._pieces, slot.values[len(described) :]) for slot in self.own]
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self.held_bytes = _SLOTS * (self.bytes + (self._about[self.peer][0] if self.kept else 0))
@@ -212,8 +221,8 @@ class Replica:
             if self.worker.average is not None:  # its thread may still be taking in the last step
                 self.worker.average.finish()
             self._snapshots[number].fill()
-            checksum = checksum_of(slot.values)
-            slot.seal(Mark(self.rank, progress.step, progress.sequences, self.digest, checksum))
+            where = progress.step, progress.sequences, self.digest, self.bytes
+            slot.seal(Mark(self.rank, self.ranks, self.layout, *where, checksum_of(slot.values)))
             if self.kept:
                 self._exchange(slot, self.kept[number])
         except Exception as error:  # raised where the loop waits
@@ -239,7 +248,7 @@ class Replica:
         own = []
         for slot in [*self.own, *self.kept]:
             mark = slot.mark()
-            if mark is not None and mark.digest == self._about[mark.owner][1]:
+            if mark is not None and mark.layout == self.layout and mark.digest == self._about[mark.owner][1]:
                 own.append(Copy(mark.owner, self.rank, mark.step))
         return self._gather(own)
 
@@ -262,7 +271,41 @@ class Replica:
         return [copy for part in found for copy in part]
 
 
-def _digest(pieces: Sequence[Piece]) -> str:
-    """Which elements of which tensors, in which order and type."""
-    text = json.dumps([(p.name, p.offset, p.tensor.numel(), p.total, str(p.tensor.dtype)) for p in pieces])
-    return hashlib.sha256(text.encode()).hexdigest()
+def layout_of(worker: Worker) -> str:
+    layout = worker.job.layout
+    return f"{layout.pipeline} x {layout.data} x {layout.expert}"
+
+
+def describe(pieces: Sequence[Piece]) -> bytes:
+    """Which elements of which tensors, in which order and type; whole pages."""
+    rows = [(p.name, p.offset, p.tensor.numel(), p.total, str(p.tensor.dtype)) for p in pieces]
+    line = json.dumps(rows).encode() + b"\n"
+    return line.ljust(-(-len(line) // _PAGE_BYTES) * _PAGE_BYTES, b"\0")
+
+
+def described(values: Tensor) -> list[Piece]:
+    """The pieces that a snapshot says it has, as they are there."""
+    data = as_bytes(values)
+    line = bytes(data[: int((data == ord("\n")).argmax())])
+    start, found = -(-(len(line) + 1) // _PAGE_BYTES) * _PAGE_BYTES, []
+    for name, offset, numel, total, dtype in json.loads(line):
+        kind = getattr(torch, dtype.removeprefix("torch."))
+        tensor = values[start : start + numel * kind.itemsize].view(kind)
+        found.append(Piece(name, tensor, offset, total))
+        start += size_bytes(found[-1:])
+    return found
+
+
+def left_in(path: Path) -> list[Slot]:
+    """The slots of a region whose size is not known, with marks."""
+    length = path.stat().st_size // _SLOTS
+    if not length:
+        return []
+    with path.open("r+b") as file:
+        memory = torch.frombuffer(mmap(file.fileno(), _SLOTS * length), dtype=torch.uint8)
+    found = []
+    for low in (number * length for number in range(_SLOTS)):
+        slot = Slot(memory[low : low + _PAGE_BYTES], memory[low + _PAGE_BYTES : low + length])
+        if (mark := slot.mark()) is not None:
+            found.append(Slot(slot.page, slot.values[: mark.bytes]))
+    return found

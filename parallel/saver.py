@@ -1,30 +1,26 @@
 """Writing checkpoints, at once or behind the training loop.
 
-Every rank writes the file of its shard and flushes it; then rank 0 adds the index, the progress and the manifest, and
-gives the folder its name. Asynchronously, a thread first copies the shard into memory that is kept for it, during the
-next forward and backward, in which masters do not change, and writes from there.
+Every rank writes the file of its shard, and all publish the checkpoint together (``publish.py``). Asynchronously, a
+thread first copies the shard into memory that is kept for it, during the next forward and backward, in which masters do
+not change, and writes from there.
 """
 
-import ctypes
 import itertools
-import os
 import shutil
 import threading
-from collections.abc import Callable, Set
+from collections.abc import Set
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from parallel import manifest
 from parallel.activity import collective_timeout
-from parallel.checkpoint import INDEX, PREFIX, CheckpointError, Progress, fsync, pieces, published, seal
+from parallel.checkpoint import Progress, pieces, published
+from parallel.publish import Publisher
 from parallel.shard_file import ShardFile, index
 from parallel.snapshot import Snapshot
 from parallel.worker import Worker
-
-Result = TypeVar("Result")
 
 
 class Saver:
@@ -45,7 +41,8 @@ class Saver:
         # Its collectives are a thread's, beside those of the loop.
         timeout = collective_timeout(worker.job.timeout_seconds)
         self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
-        places = self._gather(self._file.places)
+        self._publisher = Publisher(folder, self._group)
+        places = self._publisher.gather(self._file.places)
         self._index = index(itertools.chain.from_iterable(places)) if self._leads else b""
         self._snapshot = Snapshot(own) if asynchronous else None
         self._thread: threading.Thread | None = None
@@ -108,44 +105,15 @@ class Saver:
             self._outcome = error
 
     def _save(self, progress: Progress, spoiled: Set[Path]) -> Path:
-        final = self.folder / f"{PREFIX}{progress.step:08d}"
-        partial = self.folder / f".{final.name}.partial"
         spoiled = spoiled - self._written
         values = self._tensors if self._snapshot is None else self._snapshot.tensors
-        try:
-            self._all(lambda: self._make(partial) if self._leads else None)
-            entries = self._all(lambda: (self._file.name, self._file.write(partial, values)))
-            damaged = final in spoiled
-            self._all(lambda: self._publish(partial, final, progress, dict(entries), damaged) if self._leads else None)
-        except OSError as error:
-            if self._leads:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(f"checkpoint {final} cannot be written: {error.strerror or error}") from error
+        final = self._publisher.publish(
+            progress, lambda folder: {self._file.name: self._file.write(folder, values)}, self._index, spoiled
+        )
         self._written.add(final)
         if self._leads:
             self._delete_old(final, spoiled)
         return final
-
-    def _make(self, partial: Path) -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-
-    def _publish(
-        self, partial: Path, final: Path, progress: Progress, entries: dict[str, manifest.Entry], damaged: bool
-    ) -> None:
-        (partial / INDEX).write_bytes(self._index)
-        seal(partial, progress, entries)
-        if not final.exists():
-            os.rename(partial, final)
-            fsync(final.parent)
-            return
-        # The same step, written by a run that was resumed from before it.
-        damaged = damaged or manifest.lacking(final) is not None
-        _exchange(partial, final)
-        if damaged:  # it stays: it is evidence
-            os.rename(partial, _unused(final.with_suffix(".damaged")))
-        fsync(final.parent)
-        shutil.rmtree(partial, ignore_errors=True)
 
     def _delete_old(self, final: Path, spoiled: Set[Path]) -> None:
         # Damaged ones neither count nor go: they are evidence, and not ours to judge by their names.
@@ -155,50 +123,9 @@ class Saver:
             if old != final:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def _all(self, action: Callable[[], Result]) -> list[Result]:
-        """What ``action`` returns on each rank. An OSError on any of them is raised on every one."""
-        own: Result | OSError
-        try:
-            own = action()
-        except OSError as error:
-            own = error
-        results = []
-        for result in self._gather(own):
-            if isinstance(result, OSError):
-                raise result
-            results.append(result)
-        return results
-
-    def _gather(self, own: Result) -> list[Result]:
-        if self._group is None:
-            return [own]
-        found: list[Result] = [own] * dist.get_world_size()
-        dist.all_gather_object(found, own, group=self._group)
-        return found
-
 
 def save(folder: Path, worker: Worker, progress: Progress, keep: int, spoiled: Set[Path] = frozenset()) -> Path:
     """Write one checkpoint and wait for it. Collective. Raises CheckpointError."""
     saver = Saver(folder, worker, keep, asynchronous=False)
     saver.begin(progress, spoiled)
     return saver.finish()
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Swap two names; both are there at any moment if the file system can do that (on Linux most can). Raises
-    OSError."""
-    current_folder, exchange = -100, 2
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is not None and rename(current_folder, bytes(one), current_folder, bytes(other), exchange) == 0:
-        return
-    aside = one.with_suffix(".replaced")
-    shutil.rmtree(aside, ignore_errors=True)  # of a save that was cut off here: ``other`` has been written again since
-    os.rename(other, aside)
-    os.rename(one, other)
-    os.rename(aside, one)
-
-
-def _unused(path: Path) -> Path:
-    """The path, or with the first number that makes it new."""
-    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
-    return next(candidate for candidate in (path, *itertools.islice(numbered, 1000)) if not candidate.exists())

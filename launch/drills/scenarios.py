@@ -158,12 +158,14 @@ _ALL = (
     Scenario(
         "shrink",
         "node 1 of 2 lost, none is spare, and back later",
-        lost_steps=EVERY,
+        lost_steps=1,
         faults=(
             Fault(Action.LOSE_NODE, -1, EVERY + 2, Point.FORWARD),
             Fault(Action.HOLD, 0, EVERY + 3, Point.FORWARD),
         ),
         again=Again.LAUNCHER,
+        every=0,
+        replicated=True,
         fewest_ranks=2,
         nodes=2,
         returns=True,

@@ -89,12 +89,12 @@ class Together:
                 member.look(lambda roster: self._be_ready(roster))
             elif view.running and place is not None:
                 self._attempt, self._place, member.stuck = view.attempt, place, ""
-                self._take(view)
+                self._take(view, place)
                 self.recovering = self._last_failure(view, since)
                 self._journal.begin()
                 return None
             elif view.running:  # a spare waits for as long as the others train
-                self._take(view)
+                self._take(view, place)
                 since = time.monotonic()
                 member.wait()
             elif time.monotonic() - since > self._config.recovery.node_wait_seconds:
@@ -198,20 +198,21 @@ class Together:
         cause = f"{there} nodes are there, and {self.share.nodes} trained"
         return Ending(self._attempt, self._place, self.member.host, None, cause, can_recover=True, planned=True)
 
-    def _take(self, view: Roster) -> None:
-        """What so many nodes train as have a place; what memory holds of another layout is of no use then."""
+    def _take(self, view: Roster, place: int | None) -> None:
+        """What so many nodes train as have a place. Of what memory holds of another layout their ranks make a
+        checkpoint; that of a spare is of no use."""
         before, share = self.share, largest(self._shares, view.places)
         assert share is not None, view
         if share == before:
             return
         self.share = share
-        if self._keeper is not None:
+        if self._keeper is not None and place is None:
             self._keeper.clear()
         if not self.member.speaks:
             return
         idle, memory = len(view.reachable) * self._shares[0].ranks - share.layout.world_size, ""
         if self._keeper is not None:
-            memory = ", from the newest checkpoint: memory has another layout"
+            memory = ", from a checkpoint of what memory has"
         print(
             f"{share.nodes} of {view.count.needed} nodes train, {share.ranks} ranks on each: {share.keys}, "
             f"{idle} ranks idle{memory}",

@@ -13,7 +13,7 @@ from parallel.replica import Mark, region
 
 @pytest.mark.skipif(not MemoryFile.available(), reason="needs Linux")
 def test_memory_outlives_who_wrote_it_and_not_who_holds_it() -> None:
-    mark = Mark(owner=0, step=7, sequences=112, digest="d", crc32=0)
+    mark = Mark(owner=0, ranks=2, layout="", step=7, sequences=112, digest="d", bytes=1000, crc32=0)
     with Keeper(2) as keeper:
         paths = [path for pair in keeper.regions for path in pair]
         assert len(set(paths)) == 4 and {path.stat().st_size for path in paths} == {0}

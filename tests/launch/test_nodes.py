@@ -83,12 +83,14 @@ def test_killed_ranks_lost_nodes_one_that_returns_and_a_wish_to_stop(
     assert resume["source"] == "memory" and resume["from_peers"] == [0] and resume["step"] >= failure["step"] - 1
 
     nodes.remove(lost)
-    wait_for(lambda: bool(events(run, "checkpoint")), PATIENCE)
+    both = entries(run)[-1]["step"] + 3  # until the spare's memory has its peer's state, too
+    wait_for(lambda: entries(run)[-1]["step"] >= both, PATIENCE)
     lost = placed(run, nodes, 1)
     kill_node(lost)
     nodes.remove(lost)
-    _, resume = recovered(run, rank=None, node=1)
+    failure, resume = recovered(run, rank=None, node=1)
     assert resume["source"] == "checkpoint", "memory has the layout of two nodes"
+    assert resume["step"] >= failure["step"] - 1, "it was made of what memory has"
     assert [event["world_size"] for event in events(run, "start")][-1] == 1, "no spare was left"
 
     nodes.append(start(config, *ENDLESS))

@@ -1,18 +1,22 @@
 """The state of four ranks in memory, on two nodes: what may be lost, and the run goes on with the same bits."""
 
 import random
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from launch.drills.verdict import _state
 from parallel.activity import collective_timeout
-from parallel.checkpoint import Progress
+from parallel.checkpoint import Progress, load, published
 from parallel.mesh import Layout
-from parallel.replica import Mark, Replica, Slot, region
+from parallel.replica import Mark, Replica, Slot, left_in, region
+from parallel.rescue import rescue
 from parallel.saver import Saver
 from parallel.worker import Worker
 from tests.parallel.observed import operations_at
@@ -61,8 +65,13 @@ def lose(rank: int, folder: Path) -> dict[str, Any]:
         replica.begin(Progress(number + 1, BATCH * (number + 1)))
     with operations_at(worker.activity, threading.Thread, "join") as waits:
         replica.finish()
+    saver = Saver(folder / "checkpoints", worker, keep=1, asynchronous=False)
+    saver.begin(Progress(3, BATCH * 3))
+    saver.finish()
+    for name in (f"own-{rank}", f"kept-{rank}"):
+        shutil.copyfile(folder / name, folder / f"left-{name}")
     before = figures(worker, 3)
-    for group in (replica._group, Saver(folder / "checkpoints", worker, keep=1, asynchronous=False)._group):
+    for group in (replica._group, saver._group):
         gloo = group._get_backend(torch.device("cpu"))
         assert gloo.options._timeout == collective_timeout(JOB.timeout_seconds)  # torch's own default is 30 minutes
     found: dict[str, Any] = {"cost": replica.cost.bytes == replica.bytes, "held": replica.held_bytes, "waits": waits}
@@ -97,6 +106,7 @@ def lose(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_whatever_is_lost_the_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     everyone = run_ranks(lose, 4, tmp_path)
     own = {rank: rank for rank in range(4)}
@@ -110,13 +120,39 @@ def test_whatever_is_lost_the_run_goes_on_with_the_same_bits(tmp_path: Path) -> 
         assert found["a bit of step 3 flipped"] == (2, {**own, 2: 0, 3: 1}, True)
         assert found["step 3 was never whole"] == (2, own, True)
         assert found["the other node lost too"] is None
+    rescued(tmp_path)
+
+
+def rescued(folder: Path) -> None:
+    """Memory as it was after step 3 becomes a checkpoint on another layout: of any node that is left, and the newest
+    step that is whole."""
+    worker = Worker(replace(JOB, layout=Layout()), 0)
+    memory = [[f"own-{rank}", f"kept-{rank}"] for rank in range(4)]
+    for number, (ranks, damaged, newest) in enumerate(
+        (((0, 1), None, 3), ((2, 3), "kept-2", 2), ((0, 1, 2), "own-0", 3), ((0, 2), None, None))
+    ):
+        names = [name for rank in ranks for name in memory[rank]]
+        regions = [folder / f"{number}-{name}" for name in names]
+        for name, copy in zip(names, regions, strict=True):
+            shutil.copyfile(folder / f"left-{name}", copy)
+            if name == damaged:
+                spoil(left_in(copy), 3)
+        checkpoints = folder / f"rescued-{number}"
+        path = rescue(worker, regions, checkpoints)
+        assert published(checkpoints) == ([] if path is None else [path])
+        assert all(region.stat().st_size == 0 for region in regions), "nothing of the other layout is left"
+        assert (newest is None) == (path is None)
+        if path is not None and newest is not None:
+            assert load(path, worker) == Progress(newest, BATCH * newest)
+        if path is not None and newest == 3:
+            assert _state(path) == _state(folder / "checkpoints" / path.name)
 
 
 def test_a_torn_mark_holds_nothing_and_a_region_keeps_what_is_in_it(tmp_path: Path) -> None:
     (tmp_path / "region").touch()
     first, last = region(tmp_path / "region", 1000)
     assert first.mark() is None and not first.is_whole() and last.mark() is None
-    mark = Mark(owner=3, step=7, sequences=112, digest="d", crc32=1)
+    mark = Mark(owner=3, ranks=4, layout="", step=7, sequences=112, digest="d", bytes=1000, crc32=1)
     first.seal(mark)
     again, other = region(tmp_path / "region", 1000)
     assert again.mark() == mark and not again.is_whole() and other.mark() is None
