@@ -35,7 +35,7 @@ def test_faults_are_drawn_at_any_rank_as_far_apart_as_they_shall_be(
 
 
 @given(
-    st.lists(st.floats(1, 50), min_size=1, max_size=4),
+    st.lists(st.floats(1, 50), min_size=1, max_size=4, unique=True),
     st.lists(st.tuples(st.integers(0, 3), st.floats(0, 30), st.booleans()), max_size=60),
 )
 def test_a_fault_strikes_at_its_point_once_its_time_has_come_and_steps_were_taken(
