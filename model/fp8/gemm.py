@@ -103,9 +103,9 @@ class Reference(Gemm):
 
 
 class Emulated(Gemm):
-    """Anywhere. A CPU with AVX512_BF16 computes the definition by our own kernels. Elsewhere scales go into operands, and
-    one FP32 product does the rest: products of two E4M3 numbers are exact in FP32 and so is a power-of-two scale; another
-    one costs a rounding of each operand, 2^-24."""
+    """Anywhere. A CPU with AVX512_BF16 computes the definition by our own kernels. Elsewhere scales go into operands,
+    and one FP32 product does the rest: products of two E4M3 numbers are exact in FP32 and so is a power-of-two scale;
+    another one costs a rounding of each operand, 2^-24."""
 
     name = "emulated"
 
