@@ -192,6 +192,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.report and not options.results.exists():
             raise ResultsError(f"--results={options.results} is not there; without --report it is begun")
+        if options.svg is not None and not options.svg.parent.is_dir():
+            raise ResultsError(f"--svg={options.svg} must lie in a folder that is there")
         mark = None if options.report else stamp(options.steps)
         losses = read_results(options.results, mark, options.steps)
         wanted = [Run(seed, variant) for seed in range(1, options.seeds + 1) for variant in VARIANTS]

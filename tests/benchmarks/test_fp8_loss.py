@@ -83,6 +83,14 @@ def test_a_report_of_nothing_names_the_file(tmp_path: Path, capsys: pytest.Captu
     assert f"--results={tmp_path / 'none'} is not there" in capsys.readouterr().err
 
 
+def test_a_picture_that_has_no_place_is_refused_before_any_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "none" / "curves.svg"
+    assert main(["--results", str(tmp_path / "results.jsonl"), "--svg", str(picture)]) == 2
+    assert capsys.readouterr().err == f"error: --svg={picture} must lie in a folder that is there\n"
+
+
 def test_whoever_watches_sees_every_step_and_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
