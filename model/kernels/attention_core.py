@@ -77,12 +77,17 @@ def products_of(x_SD, i, rows, b_NPJ, panels, c_NMJ):
 
 
 @helper
-def rows_of(weights_MS, rows, pairs, b_NPJ, n, c_MJ):
-    """A panel of what rows of weights make of the first ``pairs`` of keys."""
-    done = 0
-    while done < rows:
-        a, c = address(weights_MS[done:]), address(c_MJ[done:])
-        done += tile(rows - done, a, weights_MS.strides[0], PAIR, pairs, address(b_NPJ[n]), c)
+def mixed(weights_MS, rows, pairs, b_NPJ, factor_M, c_MJ, y_SD, i):
+    """Rows from ``i`` on of y: what rows of weights make of the first ``pairs`` of keys, each times its factor."""
+    for n in range(panels_of(y_SD.shape[1])):
+        done = 0
+        while done < rows:
+            a, c = address(weights_MS[done:]), address(c_MJ[done:])
+            done += tile(rows - done, a, weights_MS.strides[0], PAIR, pairs, address(b_NPJ[n]), c)
+        for m in range(rows):
+            c, y, factor = c_MJ[m], y_SD[i + m, n * COLUMNS : (n + 1) * COLUMNS], factor_M[m]
+            for j in range(len(y)):
+                y[j] = narrow(c[j] * factor)
 
 
 @helper
@@ -116,13 +121,43 @@ def dot(x_D, y_D):
 
 
 @helper
-def keep_pairs(x_NMJ, panels, pairs, kept_PS):
-    """Rows of a tile two by two, in BF16."""
-    for n in range(panels):
-        for p in range(pairs):
-            low, high, kept = x_NMJ[n, 2 * p], x_NMJ[n, 2 * p + 1], kept_PS[p, n * COLUMNS : (n + 1) * COLUMNS]
+def weigh(s_NMJ, m, seen, visible, scale, lanes_J, weights_S):
+    """A row's weights before they are divided by their sum, in the panels that a tile sees: the sum, its logarithm."""
+    largest = largest_of(s_NMJ, m, seen, lanes_J)
+    lanes_J[:] = 0
+    for n in range(visible):
+        s, weights, there = s_NMJ[n, m], weights_S[n * COLUMNS : (n + 1) * COLUMNS], seen - n * COLUMNS
+        for j in range(COLUMNS):
+            weight = exp((s[j] - largest) * scale) if j < there else np.float32(0)
+            weights[j] = narrow(weight)
+            lanes_J[j] += weight
+    total = sum_of(lanes_J)
+    return total, largest * scale + np.log(total)
+
+
+@helper
+def differentiate(s_NMJ, ds_NMJ, m, seen, visible, scale, log_sum, mean, gs_S):
+    """A row's logits become its weights, the weights' gradients those of the logits: w (g - mean of g) · scale."""
+    for n in range(visible):
+        s, ds, gs = s_NMJ[n, m], ds_NMJ[n, m], gs_S[n * COLUMNS : (n + 1) * COLUMNS]
+        there = seen - n * COLUMNS
+        for j in range(COLUMNS):
+            weight = exp(s[j] * scale - log_sum) if j < there else np.float32(0)
+            gradient = weight * (ds[j] - mean) * scale if j < there else np.float32(0)
+            s[j], ds[j], gs[j] = weight, gradient, narrow(gradient)
+
+
+@helper
+def keep_pairs(x_NMJ, rows, visible, first, panels, kept_PS):
+    """Rows of a tile two by two, in BF16, from the pair ``first`` on; panels that the tile does not see are zero."""
+    x_NMJ[:visible, rows:] = 0
+    for p in range((rows + 1) // 2):
+        for n in range(visible):
+            low, high = x_NMJ[n, 2 * p], x_NMJ[n, 2 * p + 1]
+            kept = kept_PS[first + p, n * COLUMNS : (n + 1) * COLUMNS]
             for j in range(COLUMNS):
                 kept[j] = pair_of(narrow(low[j]), narrow(high[j]))
+        kept_PS[first + p, visible * COLUMNS : panels * COLUMNS] = 0
 
 
 @helper
@@ -156,14 +191,11 @@ def narrow_to(x_SD, y_SD):
     able=available(),
 )
 def _forward(q_BSHK, k_BSHK, v_BSHV, scale, first, last, out_BSHV, log_sums_BHS):
-    _, length, heads, values = v_BSHV.shape
+    _, length, heads, _ = v_BSHV.shape
     panels = panels_of(length)
     s_NMJ, weights_MS = np.empty((panels, ROWS, COLUMNS), np.float32), np.empty((ROWS, panels * COLUMNS), np.int16)
-    c_MJ, sums, lanes_J = (
-        np.empty((ROWS, COLUMNS), np.float32),
-        np.empty(ROWS, np.float32),
-        np.empty(COLUMNS, np.float32),
-    )
+    c_MJ, lanes_J = np.empty((ROWS, COLUMNS), np.float32), np.empty(COLUMNS, np.float32)
+    inverse_M = np.ones(ROWS, np.float32)
     for of in range(first, last):
         b, h = of // heads, of % heads
         q_SK, out_SV = q_BSHK[b, :, h], out_BSHV[b, :, h]
@@ -173,25 +205,10 @@ def _forward(q_BSHK, k_BSHK, v_BSHV, scale, first, last, out_BSHV, log_sums_BHS)
             visible = panels_of(i + rows)
             products_of(q_SK, i, rows, keys_NPJ, visible, s_NMJ)
             for m in range(rows):
-                seen = i + m + 1
-                largest = largest_of(s_NMJ, m, seen, lanes_J)
-                lanes_J[:] = 0
-                for n in range(visible):
-                    s, weights = s_NMJ[n, m], weights_MS[m, n * COLUMNS : (n + 1) * COLUMNS]
-                    there = seen - n * COLUMNS
-                    for j in range(COLUMNS):
-                        weight = exp((s[j] - largest) * scale) if j < there else np.float32(0)
-                        weights[j] = narrow(weight)
-                        lanes_J[j] += weight
-                sums[m] = sum_of(lanes_J)
-                log_sums_BHS[b, h, i + m] = largest * scale + np.log(sums[m])
-            for n in range(panels_of(values)):
-                rows_of(weights_MS, rows, min((length + 1) // 2, visible * COLUMNS // 2), values_NPJ, n, c_MJ)
-                for m in range(rows):
-                    c, out = c_MJ[m], out_SV[i + m, n * COLUMNS : (n + 1) * COLUMNS]
-                    inverse = np.float32(1) / sums[m]
-                    for j in range(len(out)):
-                        out[j] = narrow(c[j] * inverse)
+                total, log_sum = weigh(s_NMJ, m, i + m + 1, visible, scale, lanes_J, weights_MS[m])
+                inverse_M[m], log_sums_BHS[b, h, i + m] = np.float32(1) / total, log_sum
+            pairs = min((length + 1) // 2, visible * COLUMNS // 2)
+            mixed(weights_MS, rows, pairs, values_NPJ, inverse_M, c_MJ, out_SV, i)
 
 
 @kernel(
@@ -202,8 +219,9 @@ def _forward(q_BSHK, k_BSHK, v_BSHV, scale, first, last, out_BSHV, log_sums_BHS)
 def _backward(q_BSHK, k_BSHK, v_BSHV, out_BSHV, log_sums_BHS, g_BSHV, scale, first, last, gq_BSHK, gk_BSHK, gv_BSHV):
     _, length, heads, width = q_BSHK.shape
     values, panels = v_BSHV.shape[3], panels_of(length)
-    s_NMJ, ds_NMJ = (np.empty((panels, ROWS, COLUMNS), np.float32), np.empty((panels, ROWS, COLUMNS), np.float32))
+    s_NMJ, ds_NMJ = np.empty((panels, ROWS, COLUMNS), np.float32), np.empty((panels, ROWS, COLUMNS), np.float32)
     gs_MS, c_MJ = np.empty((ROWS, panels * COLUMNS), np.int16), np.empty((ROWS, COLUMNS), np.float32)
+    ones_M = np.ones(ROWS, np.float32)
     # Of the queries of a block: what keys and values are multiplied with, pairs of queries.
     weights_PS = np.empty((QUERIES // 2, panels * COLUMNS), np.int32)
     gs_PS = np.empty((QUERIES // 2, panels * COLUMNS), np.int32)
@@ -221,29 +239,13 @@ def _backward(q_BSHK, k_BSHK, v_BSHV, out_BSHV, log_sums_BHS, g_BSHV, scale, fir
                 products_of(q_SK, i, rows, keys_NPJ, visible, s_NMJ)
                 products_of(g_SV, i, rows, values_NPJ, visible, ds_NMJ)
                 for m in range(rows):
-                    mean, seen, log_sum = dot(g_SV[i + m], out_SV[i + m]), i + m + 1, log_sums_BHS[b, h, i + m]
-                    for n in range(visible):
-                        s, ds, gs = s_NMJ[n, m], ds_NMJ[n, m], gs_MS[m, n * COLUMNS : (n + 1) * COLUMNS]
-                        there = seen - n * COLUMNS
-                        for j in range(COLUMNS):
-                            weight = exp(s[j] * scale - log_sum) if j < there else np.float32(0)
-                            gradient = weight * (ds[j] - mean) * scale if j < there else np.float32(0)
-                            s[j], ds[j], gs[j] = weight, gradient, narrow(gradient)
-                for n in range(panels_of(width)):
-                    rows_of(gs_MS, rows, min((length + 1) // 2, visible * COLUMNS // 2), key_rows_NPJ, n, c_MJ)
-                    for m in range(rows):
-                        c, gq = c_MJ[m], gq_SK[i + m, n * COLUMNS : (n + 1) * COLUMNS]
-                        for j in range(len(gq)):
-                            gq[j] = narrow(c[j])
-                if rows < ROWS:
-                    s_NMJ[:visible, rows:], ds_NMJ[:visible, rows:] = 0, 0
-                block = (i - start) // 2
-                keep_pairs(s_NMJ, visible, (rows + 1) // 2, weights_PS[block:])
-                keep_pairs(ds_NMJ, visible, (rows + 1) // 2, gs_PS[block:])
-                # Keys of a later tile's panels are not seen here.
-                for p in range(block, block + (rows + 1) // 2):
-                    weights_PS[p, visible * COLUMNS : panels_of(stop) * COLUMNS] = 0
-                    gs_PS[p, visible * COLUMNS : panels_of(stop) * COLUMNS] = 0
+                    mean, log_sum = dot(g_SV[i + m], out_SV[i + m]), log_sums_BHS[b, h, i + m]
+                    differentiate(s_NMJ, ds_NMJ, m, i + m + 1, visible, scale, log_sum, mean, gs_MS[m])
+                pairs = min((length + 1) // 2, visible * COLUMNS // 2)
+                mixed(gs_MS, rows, pairs, key_rows_NPJ, ones_M, c_MJ, gq_SK, i)
+                pair, seen = (i - start) // 2, panels_of(stop)
+                keep_pairs(s_NMJ, rows, visible, pair, seen, weights_PS)
+                keep_pairs(ds_NMJ, rows, visible, pair, seen, gs_PS)
             add_columns(weights_PS, stop - start, packed(g_SV[start:stop], True), gv_SV[:stop])
             add_columns(gs_PS, stop - start, packed(q_SK[start:stop], True), gk_SK[:stop])
         narrow_to(gk_SK, gk_BSHK[b, :, h])
