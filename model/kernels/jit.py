@@ -1,8 +1,10 @@
 """How kernels are compiled, and kept for the next process."""
 
 import fcntl
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ summing = numba.njit(fastmath=SUMS, error_model="numpy")
 exact_helper = numba.njit(error_model="numpy")
 
 _SOURCES = sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).digest()
+_NOTE = "compiling"
 
 
 class _Kept(FunctionCache):
@@ -41,12 +44,38 @@ class _Kept(FunctionCache):
     def _index_key(self, *of: Any) -> tuple[Any, ...]:
         return *super()._index_key(*of), _SOURCES
 
+    def load_overload(self, *of: Any) -> Any:
+        found = super().load_overload(*of)
+        if found is None:
+            _say_once(Path(self.cache_path))
+        return found
+
+
+def _say_once(folder: Path) -> None:
+    """To whoever waits for the first start of a version on a machine, by the first of its processes that compiles."""
+    made_for = f"{_SOURCES.hex()} {sys.version} {cpu_target.target_context.codegen().magic_tuple()}"
+    note = folder / _NOTE
+    if note.read_text() != made_for:
+        note.write_text(made_for)
+        said = f"compiling kernels for this CPU, once: half a minute of one core, kept in {folder}"
+        print(said, file=sys.stderr, flush=True)
+
+
+@cache
+def _say_not_kept() -> None:
+    print(
+        "compiled kernels can be neither found nor kept: every process compiles its own; NUMBA_CACHE_DIR names another"
+        " folder for them",
+        file=sys.stderr,
+        flush=True,
+    )
+
 
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Of the processes that would fill this folder: the others find there what the first has compiled."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "compiling", "w") as lock:
+    with open(folder / _NOTE, "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -71,6 +100,8 @@ def kernel(
         except Exception:
             # Nothing to keep it in, no room, or a damaged file: compile in each process. What is wrong with the
             # function itself is raised again.
-            return numba.njit(list(signatures), **options)(function)
+            alone = numba.njit(list(signatures), **options)(function)
+            _say_not_kept()
+            return alone
 
     return compiled

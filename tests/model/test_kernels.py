@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -17,7 +18,7 @@ from torch import Tensor
 import model.kernels.calls
 from model.attention import core_inputs
 from model.kernels import core_inputs as core
-from model.kernels import norm, scalars
+from model.kernels import jit, norm, scalars
 from model.kernels import swiglu as kernels
 from model.kernels.jit import kernel
 from model.mlp import swiglu, swiglu_backward
@@ -174,10 +175,37 @@ def doubled(x):
         x[i] *= 2
 
 
+def halved(x):
+    for i in range(len(x)):
+        x[i] /= 2
+
+
+def test_the_first_start_is_said_once_and_again_for_other_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+
+    def said(*functions: Callable[..., None]) -> list[str]:
+        for function in functions:
+            kernel("void(float32[::1])")(function)
+        printed = capsys.readouterr()
+        assert not printed.out
+        return printed.err.splitlines()
+
+    (line,) = said(doubled, halved)
+    (note,) = tmp_path.rglob("compiling")
+    assert line == f"compiling kernels for this CPU, once: half a minute of one core, kept in {note.parent}"
+    assert said(doubled, halved) == []
+    monkeypatch.setattr(jit, "_SOURCES", b"others")
+    assert said(doubled, halved) == [line]
+
+
 @pytest.mark.parametrize("trouble", ["no folder", "no room", "damaged"])
 def test_a_cache_that_cannot_be_used_is_done_without(
-    trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """And that is said once, whatever the number of kernels."""
+    jit._say_not_kept.cache_clear()
     folder = tmp_path / "cache"
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(folder))
     if trouble == "no folder":
@@ -190,8 +218,11 @@ def test_a_cache_that_cannot_be_used_is_done_without(
         (index,) = folder.rglob("*.nbi")
         index.write_bytes(b"\\x80")
     x = np.ones(3, np.float32)
-    kernel("void(float32[::1])")(doubled)(x)
-    assert x.tolist() == [2, 2, 2]
+    for _ in range(2):
+        kernel("void(float32[::1])")(doubled)(x)
+    assert x.tolist() == [4, 4, 4]
+    # Numba keeps it elsewhere when the folder is none.
+    assert capsys.readouterr().err.count("every process compiles its own") == (trouble != "no folder")
 
 
 def test_a_kernel_that_cannot_be_compiled_says_why() -> None:
