@@ -26,8 +26,10 @@ def array(x: Tensor) -> np.ndarray:
 
 
 def by_rows(rows: int, width: int, run: Callable[[int, int], None]) -> None:
-    """``run`` from a row to another, in as many parts as torch has threads for, if there is work for them."""
-    parts = min(torch.get_num_threads(), rows * width // PART_ELEMENTS) if rows else 0
+    """``run`` from a row to a later one, in as many parts as torch has threads for, if there is work for them."""
+    if not rows:
+        return
+    parts = min(torch.get_num_threads(), rows, rows * width // PART_ELEMENTS)
     if parts <= 1:
         run(0, rows)
         return

@@ -129,6 +129,19 @@ def test_threads_do_not_change_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
             assert torch.equal(one, many)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_share_all_rows_and_none_is_given_no_row(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However wide they are. A kernel that steps by what a row had it do would go on for ever without one."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for rows in range(9):
+        for width in (1, model.kernels.calls.PART_ELEMENTS):
+            given_to: list[tuple[int, int]] = []
+            model.kernels.calls.by_rows(rows, width, lambda *of, to=given_to: to.append(of))
+            assert all(first < last for first, last in given_to)
+            assert sorted(row for of in given_to for row in range(*of)) == list(range(rows))
+            assert len(given_to) == min(rows, threads if width > 1 else 1)
+
+
 def test_nan_and_infinity_are_not_hidden() -> None:
     for bad in (float("nan"), float("inf"), -float("inf")):
         for column in range(4):
