@@ -80,14 +80,18 @@ def _parser() -> argparse.ArgumentParser:
         help="without what protects a run: every verdict must fail",
     )
     parser.add_argument("--soak", metavar="TIME", help="no scenario, but random faults for so long: 90s, 20m, 2h")
-    parser.add_argument("--seed", type=int, default=0, help="of the faults of --soak")
+    parser.add_argument("--seed", type=int, help="of the faults of --soak; 0 by default")
     parser.add_argument("--json", action="store_true", help="print one list of objects instead of the table")
     return parser
 
 
 def _drill(arguments: argparse.Namespace) -> list[bool]:
     """Whether each passed."""
-    return _soak(arguments) if arguments.soak else _drill_scenarios(arguments)
+    if arguments.soak is not None:
+        return _soak(arguments)
+    if arguments.seed is not None:
+        raise UsageError(f"--seed={arguments.seed} means nothing without --soak: only its faults are drawn")
+    return _drill_scenarios(arguments)
 
 
 def _soak(arguments: argparse.Namespace) -> list[bool]:
@@ -95,11 +99,11 @@ def _soak(arguments: argparse.Namespace) -> list[bool]:
     seconds = float(given[1]) * {"s": 1, "m": 60, "h": 3600}[given[2]] if given else 0.0
     if seconds < FEWEST_SOAK_SECONDS:
         raise UsageError(f"--soak={arguments.soak} must be a time such as 90s, 20m or 2h, of a minute at least")
-    if arguments.scenarios or arguments.control:
-        raise UsageError("--soak takes no SCENARIO and no --control")
+    if arguments.scenarios or arguments.control or arguments.list:
+        raise UsageError("--soak takes no SCENARIO, no --control and no --list")
     config = load(arguments.config or DEFAULT)
     with tempfile.TemporaryDirectory(prefix="dualpipe-drill-") as folder:
-        soaked = soak(config, Path(folder), seconds, arguments.seed)
+        soaked = soak(config, Path(folder), seconds, arguments.seed or 0)
     if arguments.json:
         print(json.dumps(soaked.as_dict()))
     else:

@@ -13,8 +13,9 @@ holds. How long nothing may come of that depends on what else there is to see of
   has come further for ``recovery.hang_factor`` times the median step, and at least a second: a step that is long
   because its batch has grown has more slots, and is none.
 
-Between steps, while a checkpoint is written or the model validated, nothing but a stopped rank is a hang: those take
-as long as they take, and ``train.timeout_seconds`` is their limit.
+While all ranks are between steps, as a checkpoint is written or the model validated, nothing but a stopped rank is a
+hang: those take as long as they take, and ``train.timeout_seconds`` is their limit. One that is there alone, reading
+its batch while others wait for it in the step, is measured by the median step.
 
 Where the ranks are those of several nodes, each launcher sees its own. A rank that is silent it knows without the
 others. Otherwise it tells them what its ranks do once none of them comes further (``Elsewhere``); when all have told

@@ -108,6 +108,9 @@ def test_without_the_protection_the_drills_fail(two_ranks: Path, capsys: pytest.
         (["kill-foward"], "SCENARIO='kill-foward' is not a scenario; did you mean kill-forward?"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--nothing"], "--nothing"),
+        (["--seed", "3", "--list"], "--seed=3 means nothing without --soak"),
+        (["--soak", "", "--list"], "--soak= must be a time"),
+        (["--soak", "2m", "--list", "--config", "nowhere.yaml"], "no --control and no --list"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
