@@ -14,6 +14,7 @@ each for one matrix or, with rows sorted by expert, for a matrix an expert.
 M, N outer dims, K summed dim, E experts, T tokens (rows), F outputs and D inputs of a layer, (E,) for experts alone.
 """
 
+import importlib
 import importlib.util
 import os
 from abc import ABC, abstractmethod
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from model.fp8 import SIZE
 from model.fp8.quantise import Quantised, Scale, Tile, column_ends, dequantise, quantise
-from model.kernels import scaled_products as kernels
+from model.kernels import registers
 from model.mlp import activate
 
 
@@ -110,7 +111,7 @@ class Emulated(Gemm):
     name = "emulated"
 
     def by_kernel(self, a: Quantised) -> bool:
-        return kernels.serves(a.stored)
+        return a.stored.device.type == "cpu" and registers.available()
 
     def product(self, a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
         if self.by_kernel(a):
@@ -133,6 +134,8 @@ class Emulated(Gemm):
 
 
 def _by_blocks(a: Quantised, b: Quantised, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
+    from model.kernels import scaled_products as kernels
+
     assert a.tile is Tile.ROW and b.tile is Tile.BLOCK, (a.tile, b.tile)
     turned = not b.stored.is_contiguous()
     w = b.t() if turned else b
@@ -141,6 +144,8 @@ def _by_blocks(a: Quantised, b: Quantised, ends_E: Tensor, dtype: torch.dtype) -
 
 def _weight_gradient(gy: Quantised, x: Quantised) -> Tensor:
     """[E, F, D]; a layer without experts has one."""
+    from model.kernels import scaled_products as kernels
+
     assert gy.tile is x.tile is Tile.COLUMN, (gy.tile, x.tile)
     ends = [len(gy.stored)] if gy.ends_E is None else gy.ends_E.tolist()
     stops, ends_E = np.array(column_ends(ends), np.int64), np.array(ends, np.int32)
@@ -239,7 +244,16 @@ class Choice:
 
 
 def choose(name: str, device: torch.device) -> Choice:
-    """``name``: a backend or "auto", the fastest that ``device`` has. Raises PrecisionError for one that it has not."""
+    """``name``: a backend or "auto", the fastest that ``device`` has. Raises PrecisionError for one that it has not. A
+    CPU's kernels are compiled here, before there is a step to wait for them."""
+    choice = _chosen(name, device)
+    if device.type == "cpu":
+        importlib.import_module("model.kernels.tiles")
+        importlib.import_module("model.kernels.scaled_products")
+    return choice
+
+
+def _chosen(name: str, device: torch.device) -> Choice:
     if name == "auto":
         lacking = _lacks_scaled_mm(device)
         if lacking is None:

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from model.fp8 import SIZE
 from model.fp8.formats import E4M3, Format, decode, encode, round_to
-from model.kernels import tiles as kernels
 
 SMALLEST_SCALE = 2.0**-126
 _CACHED = 1 << 18  # numbers that a pass works on: their FP32 operands stay in a core's cache
@@ -118,6 +117,8 @@ def _quantise_by_operators(x: Tensor, tile: Tile, scale: Scale, to: Format, ends
 
 
 def _quantise_by_kernel(x_TD: Tensor, tile: Tile, scale: Scale, ends_E: Tensor | None) -> Quantised:
+    from model.kernels import tiles as kernels
+
     rounded = scale is Scale.POWER_OF_TWO
     if tile is Tile.ROW:
         stored, scales = kernels.rows(x_TD, rounded)
@@ -174,6 +175,8 @@ def _dequantise_by_operators(q: Quantised) -> Tensor:
 
 
 def _widen_by_kernel(q: Quantised) -> Tensor:
+    from model.kernels import tiles as kernels
+
     down, across = q.tile.value
     *lead, height, width = q.stored.shape
     if q.ends_E is None:  # of all experts, one matrix under the other

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.fp8 import SIZE
 from model.kernels.calls import array, by_rows
-from model.kernels.compiled import from_e4m3
+from model.kernels.e4m3 import from_e4m3
 from model.kernels.jit import helper, kernel
 from model.kernels.panels import PAIR, address, pack_columns, pack_rows, panels_of, tile
 from model.kernels.registers import COLUMNS, ROWS, available
@@ -20,11 +20,6 @@ from model.kernels.scalars import narrow, rounded
 PAIRS = SIZE // 2
 BLOCK = SIZE // COLUMNS
 """Panels."""
-
-
-def serves(x: Tensor) -> bool:
-    """Whether the kernels are for codes that lie where those of ``x`` do, on this machine."""
-    return x.device.type == "cpu" and available()
 
 
 def by_blocks(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.fp8 import SIZE
 from model.kernels.calls import array, by_rows
-from model.kernels.compiled import quantise_columns, quantise_rows, widen_columns, widen_rows
+from model.kernels.e4m3 import quantise_columns, quantise_rows, widen_columns, widen_rows
 
 
 def rows(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
