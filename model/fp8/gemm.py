@@ -114,12 +114,10 @@ class Emulated(Gemm):
         return a.stored.device.type == "cpu" and registers.available()
 
     def product(self, a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
+        if self.by_kernel(a) and b.tile is Tile.BLOCK:
+            return _by_blocks(a, b, torch.tensor([len(a.stored)], dtype=torch.int32), dtype)
         if self.by_kernel(a):
-            if b.tile is Tile.BLOCK:
-                ends_E = torch.tensor([len(a.stored)], dtype=torch.int32)
-                return _by_blocks(a, b.matrices(), ends_E, dtype)
-            if a.tile.turned() is b.tile.turned() is Tile.COLUMN and dtype == torch.float32:
-                return _weight_gradient(a.t(), b.t()).squeeze(0)
+            return _weight_gradient(a.t(), b.t()).squeeze(0).to(dtype)
         return F.linear(_widened(a), _widened(b)).to(dtype)
 
     def by_rows(self, a: Quantised, b: Quantised, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
@@ -139,7 +137,8 @@ def _by_blocks(a: Quantised, b: Quantised, ends_E: Tensor, dtype: torch.dtype) -
     assert a.tile is Tile.ROW and b.tile is Tile.BLOCK, (a.tile, b.tile)
     turned = not b.stored.is_contiguous()
     w = b.t() if turned else b
-    return kernels.by_blocks(a.stored, a.scales, w.stored, w.scales, turned, ends_E.numpy(), dtype)
+    w_EFD, sw_EXY = (of if of.ndim == 3 else of.unsqueeze(0) for of in (w.stored, w.scales))
+    return kernels.by_blocks(a.stored, a.scales, w_EFD, sw_EXY, turned, ends_E.numpy(), dtype)
 
 
 def _weight_gradient(gy: Quantised, x: Quantised) -> Tensor:

@@ -76,10 +76,6 @@ class Quantised:
         assert self.tile is Tile.ROW and self.ends_E is None, self
         return Quantised(self.stored[start:stop], self.scales[start:stop], self.tile, self.format, self.width)
 
-    def matrices(self) -> "Quantised":
-        """A view of a matrix as the only expert's."""
-        return Quantised(self.stored.unsqueeze(0), self.scales.unsqueeze(0), self.tile, self.format, self.width)
-
     def matrix(self, expert: int) -> "Quantised":
         """A view of one expert's matrix."""
         return Quantised(self.stored[expert], self.scales[expert], self.tile, self.format, self.width)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.kernels.calls import array, by_rows
 from model.kernels.jit import helper, kernel, summing
-from model.kernels.panels import PAIR, address, pack_columns, pack_rows, pair_of, panels_of, tile
+from model.kernels.panels import PAIR, address, pack_columns, pack_rows, pair_of, panels_of, tile, tile_of_rows
 from model.kernels.registers import COLUMNS, ROWS, available
 from model.kernels.scalars import exp, narrow, wide
 
@@ -72,8 +72,7 @@ def products_of(x_SD, i, rows, b_NPJ, panels, c_NMJ):
     for n in range(panels):
         done = 0
         while done < rows:
-            a, c = address(x_SD[i + done :]), address(c_NMJ[n, done:])
-            done += tile(rows - done, a, x_SD.strides[0], PAIR, pairs, address(b_NPJ[n]), c)
+            done += tile_of_rows(x_SD, i + done, rows - done, pairs, b_NPJ[n], c_NMJ[n, done:])
 
 
 @helper
@@ -82,8 +81,7 @@ def mixed(weights_MS, rows, pairs, b_NPJ, factor_M, c_MJ, y_SD, i):
     for n in range(panels_of(y_SD.shape[1])):
         done = 0
         while done < rows:
-            a, c = address(weights_MS[done:]), address(c_MJ[done:])
-            done += tile(rows - done, a, weights_MS.strides[0], PAIR, pairs, address(b_NPJ[n]), c)
+            done += tile_of_rows(weights_MS, done, rows - done, pairs, b_NPJ[n], c_MJ[done:])
         for m in range(rows):
             c, y, factor = c_MJ[m], y_SD[i + m, n * COLUMNS : (n + 1) * COLUMNS], factor_M[m]
             for j in range(len(y)):

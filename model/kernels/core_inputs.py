@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.calls import array, by_rows
-from model.kernels.compiled import core_inputs_backward, core_inputs_forward
+from model.kernels.elementwise import core_inputs_backward, core_inputs_forward
 
 
 def forward(

@@ -5,10 +5,10 @@ They are imported when FP8 is chosen, for compiling them takes seconds.
 
 import numpy as np
 
+from model.fp8 import SIZE
 from model.kernels.jit import EXACT, exact_helper, kernel
 from model.kernels.scalars import ONE, as_bits, as_float, load
 
-TILE = 128
 INFINITY, NAN = np.uint32(0x7F800000), np.uint32(0x7FC00000)
 """Their bits."""
 E4M3_LARGEST, SMALLEST_SCALE = np.float32(448), np.float32(2.0**-126)
@@ -62,7 +62,7 @@ def quantise_rows(x_TD, power_of_two, stored_TD, scales_TY):
     rows, width = x_TD.shape
     for t in range(rows):
         for tile in range(scales_TY.shape[1]):
-            start, stop = tile * TILE, min((tile + 1) * TILE, width)
+            start, stop = tile * SIZE, min((tile + 1) * SIZE, width)
             x, stored, largest = x_TD[t, start:stop], stored_TD[t, start:stop], np.uint32(0)
             for d in range(len(x)):
                 largest = max(largest, magnitude(load(x[d])))
@@ -101,7 +101,7 @@ def widen_rows(stored_TD, tile_T, scales_XY, x_TD):
     rows, width = x_TD.shape
     for t in range(rows):
         for tile in range(scales_XY.shape[1]):
-            start, stop, scale = tile * TILE, min((tile + 1) * TILE, width), scales_XY[tile_T[t], tile]
+            start, stop, scale = tile * SIZE, min((tile + 1) * SIZE, width), scales_XY[tile_T[t], tile]
             stored, x = stored_TD[t, start:stop], x_TD[t, start:stop]
             for d in range(len(x)):
                 x[d] = from_e4m3(stored[d]) * scale

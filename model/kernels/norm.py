@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.calls import array, by_rows
-from model.kernels.compiled import norm_backward, norm_forward
+from model.kernels.elementwise import norm_backward, norm_forward
 
 BLOCK_ELEMENTS = 1 << 16
 """Of the rows whose weight gradients are added up in one go."""

@@ -3,14 +3,22 @@
 M rows of the left operand, N panels, P pairs of the sum, J = 32 columns.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
+from model.kernels.calls import by_rows
 from model.kernels.jit import helper
 from model.kernels.registers import COLUMNS, ROWS, interleave, tile1, tile2, tile4, tile8, tile12, transpose
 
 PAIR = 4
 """Bytes."""
 LANES = 16
+
+
+def by_panels(columns: int, rows: int, run: Callable[[int, int], None]) -> None:
+    """``run`` from a panel to a later one, of a result with so many columns and rows: threads share the panels."""
+    by_rows(-(-columns // COLUMNS), COLUMNS * rows, run)
 
 
 @helper
@@ -85,3 +93,17 @@ def tile(left, a, row, pair, pairs, b, c):
         return 2
     tile1(a, row, pair, pairs, b, c)
     return 1
+
+
+@helper
+def tile_of_rows(x_RD, row, left, pairs, b_PJ, c_MJ):
+    """The product of as many rows from ``row`` on, of those ``left``, as one tile takes, with a panel: their number."""
+    a = address(x_RD[row:])
+    return tile(left, a, x_RD.strides[0], PAIR, pairs, address(b_PJ), address(c_MJ))
+
+
+@helper
+def tile_of_packed(a_NPJ, row, rows, pairs, b_PJ, c_MJ):
+    """The same of a left operand that is packed as right ones are, by ``pack_rows``, and has ``rows`` in all."""
+    left, a = min(rows - row, COLUMNS - row % COLUMNS), address(a_NPJ[row // COLUMNS, 0, row % COLUMNS :])
+    return tile(left, a, PAIR, PAIR * COLUMNS, pairs, address(b_PJ), address(c_MJ))

@@ -3,16 +3,17 @@
 An expert's weights, or its rows, are packed once a product; its sums stay in registers and are rounded once. Weight
 gradients are added to FP32 as they are. Threads share the columns of what is written.
 
-R rows sorted by expert, E experts, D inputs, F outputs; M, N, P, J as in ``panels``.
+R rows sorted by expert, E experts, D inputs, F outputs, K what is summed over and C what comes out, one of the two;
+M, N, P, J as in ``panels``.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model.kernels.calls import array, by_rows
-from model.kernels.jit import helper, kernel
-from model.kernels.panels import PAIR, address, pack_columns, pack_rows, panels_of, tile
+from model.kernels.calls import array
+from model.kernels.jit import kernel
+from model.kernels.panels import by_panels, pack_columns, pack_rows, panels_of, tile_of_packed, tile_of_rows
 from model.kernels.registers import COLUMNS, ROWS, available
 from model.kernels.scalars import narrow
 
@@ -25,20 +26,20 @@ def serves(x: Tensor, weight: Tensor) -> bool:
 
 def forward(x: Tensor, weight_EFD: Tensor, ends_E: np.ndarray) -> Tensor:
     """x Wᵀ: [..., D] -> [..., F], BF16."""
-    _, outputs, inputs = weight_EFD.shape
-    y = x.new_empty(*x.shape[:-1], outputs)
-    x_RD, y_RF, w = array(x.contiguous().view(-1, inputs)), array(y.view(-1, outputs)), array(weight_EFD)
-    by_rows(_panels(outputs), COLUMNS * len(x_RD), lambda a, b: _forward(x_RD, w, ends_E, a, b, y_RF))
-    return y
+    return _by_experts(x, weight_EFD, ends_E, turned=False)
 
 
 def input_gradient(gy: Tensor, weight_EFD: Tensor, ends_E: np.ndarray) -> Tensor:
     """gy W: [..., F] -> [..., D], BF16."""
-    _, outputs, inputs = weight_EFD.shape
-    gx = gy.new_empty(*gy.shape[:-1], inputs)
-    gy_RF, gx_RD, w = array(gy.contiguous().view(-1, outputs)), array(gx.view(-1, inputs)), array(weight_EFD)
-    by_rows(_panels(inputs), COLUMNS * len(gx_RD), lambda a, b: _input_gradient(gy_RF, w, ends_E, a, b, gx_RD))
-    return gx
+    return _by_experts(gy, weight_EFD, ends_E, turned=True)
+
+
+def _by_experts(x: Tensor, weight_EFD: Tensor, ends_E: np.ndarray, turned: bool) -> Tensor:
+    columns = weight_EFD.shape[2 if turned else 1]
+    y = x.new_empty(*x.shape[:-1], columns)
+    x_RK, y_RC, w = array(x.contiguous().view(-1, x.shape[-1])), array(y.view(-1, columns)), array(weight_EFD)
+    by_panels(columns, len(x_RK), lambda a, b: _multiply(x_RK, w, turned, ends_E, a, b, y_RC))
+    return y
 
 
 def add_weight_gradient(gy: Tensor, x: Tensor, ends_E: np.ndarray, buffer_EFD: Tensor) -> None:
@@ -46,82 +47,52 @@ def add_weight_gradient(gy: Tensor, x: Tensor, ends_E: np.ndarray, buffer_EFD: T
     _, outputs, inputs = buffer_EFD.shape
     gy_RF, x_RD = array(gy.contiguous().view(-1, outputs)), array(x.contiguous().view(-1, inputs))
     buffer = array(buffer_EFD)
-    by_rows(_panels(inputs), COLUMNS * len(x_RD), lambda a, b: _weight_gradient(gy_RF, x_RD, ends_E, a, b, buffer))
+    by_panels(inputs, len(x_RD), lambda a, b: _add_weight_gradient(gy_RF, x_RD, ends_E, a, b, buffer))
 
 
-def _panels(columns: int) -> int:
-    return -(-columns // COLUMNS)
-
-
-@helper
-def round_to(c_MJ, done, y_RF, row, start):
-    """The first ``done`` rows of a tile, to BF16, from ``row`` and the column ``start`` on."""
-    for m in range(done):
-        c, y = c_MJ[m], y_RF[row + m, start : start + COLUMNS]
-        for j in range(len(y)):
-            y[j] = narrow(c[j])
-
-
-@helper
-def add_to(c_MJ, done, g_FD, row, start):
-    for m in range(done):
-        c, g = c_MJ[m], g_FD[row + m, start : start + COLUMNS]
-        for j in range(len(g)):
-            g[j] += c[j]
-
-
-@helper
-def multiply(x_RD, first, last, pairs, b_NPJ, panel, c_MJ, y_RF):
-    """Rows from ``first`` to ``last`` times the panels, which are those from ``panel`` on of what is written."""
-    for n in range(b_NPJ.shape[0]):
-        row = first
-        while row < last:
-            a = address(x_RD[row:])
-            done = tile(last - row, a, x_RD.strides[0], PAIR, pairs, address(b_NPJ[n]), address(c_MJ))
-            round_to(c_MJ, done, y_RF, row, COLUMNS * (panel + n))
-            row += done
-
-
-@kernel("void(int16[:,::1], int16[:,:,::1], int32[::1], int64, int64, int16[:,::1])", able=available())
-def _forward(x_RD, w_EFD, ends_E, panel, stop, y_RF):
-    pairs, first = x_RD.shape[1] // 2, 0
+@kernel("void(int16[:,::1], int16[:,:,::1], boolean, int32[::1], int64, int64, int16[:,::1])", able=available())
+def _multiply(x_RK, w_EFD, turned, ends_E, panel, stop, y_RC):
+    """Rows times Wᵀ of their expert, or W, the ``turned`` one: the panels from ``panel`` to ``stop``."""
+    pairs, first = x_RK.shape[1] // 2, 0
     b_NPJ, c_MJ = np.empty((stop - panel, pairs, COLUMNS), np.int32), np.empty((ROWS, COLUMNS), np.float32)
     for e in range(len(ends_E)):
         if ends_E[e] > first:
-            pack_columns(w_EFD[e], panel, b_NPJ)
-            multiply(x_RD, first, ends_E[e], pairs, b_NPJ, panel, c_MJ, y_RF)
-        first = ends_E[e]
-
-
-@kernel("void(int16[:,::1], int16[:,:,::1], int32[::1], int64, int64, int16[:,::1])", able=available())
-def _input_gradient(gy_RF, w_EFD, ends_E, panel, stop, gx_RD):
-    pairs, first = gy_RF.shape[1] // 2, 0
-    b_NPJ, c_MJ = np.empty((stop - panel, pairs, COLUMNS), np.int32), np.empty((ROWS, COLUMNS), np.float32)
-    for e in range(len(ends_E)):
-        if ends_E[e] > first:
-            pack_rows(w_EFD[e], panel, b_NPJ)
-            multiply(gy_RF, first, ends_E[e], pairs, b_NPJ, panel, c_MJ, gx_RD)
+            if turned:
+                pack_rows(w_EFD[e], panel, b_NPJ)
+            else:
+                pack_columns(w_EFD[e], panel, b_NPJ)
+            for n in range(stop - panel):
+                start, row = COLUMNS * (panel + n), first
+                while row < ends_E[e]:
+                    done = tile_of_rows(x_RK, row, ends_E[e] - row, pairs, b_NPJ[n], c_MJ)
+                    for m in range(done):
+                        c, y = c_MJ[m], y_RC[row + m, start : start + COLUMNS]
+                        for j in range(len(y)):
+                            y[j] = narrow(c[j])
+                    row += done
         first = ends_E[e]
 
 
 @kernel("void(int16[:,::1], int16[:,::1], int32[::1], int64, int64, float32[:,:,::1])", able=available())
-def _weight_gradient(gy_RF, x_RD, ends_E, panel, stop, g_EFD):
+def _add_weight_gradient(gy_RF, x_RD, ends_E, panel, stop, g_EFD):
     outputs, most, first = gy_RF.shape[1], 0, 0
     for e in range(len(ends_E)):
         most, first = max(most, (ends_E[e] - first + 1) // 2), ends_E[e]
     a_NPJ = np.empty((panels_of(outputs), most, COLUMNS), np.int32)
     b_NPJ, c_MJ, first = np.empty((stop - panel, most, COLUMNS), np.int32), np.empty((ROWS, COLUMNS), np.float32), 0
     for e in range(len(ends_E)):
-        pairs = (ends_E[e] - first + 1) // 2
+        pairs, row = (ends_E[e] - first + 1) // 2, 0
         if pairs > 0:
             pack_rows(gy_RF[first : ends_E[e]], 0, a_NPJ)
             pack_rows(x_RD[first : ends_E[e]], panel, b_NPJ)
-            row = 0
             while row < outputs:
-                left, done = min(outputs - row, COLUMNS - row % COLUMNS), 0
-                a = address(a_NPJ[row // COLUMNS, 0, row % COLUMNS :])
+                done = 0
                 for n in range(stop - panel):
-                    done = tile(left, a, PAIR, PAIR * COLUMNS, pairs, address(b_NPJ[n]), address(c_MJ))
-                    add_to(c_MJ, done, g_EFD[e], row, COLUMNS * (panel + n))
+                    done = tile_of_packed(a_NPJ, row, outputs, pairs, b_NPJ[n], c_MJ)
+                    start = COLUMNS * (panel + n)
+                    for m in range(done):
+                        c, g = c_MJ[m], g_EFD[e, row + m, start : start + COLUMNS]
+                        for j in range(len(g)):
+                            g[j] += c[j]
                 row += done
         first = ends_E[e]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from model.fp8 import SIZE
-from model.kernels.calls import array, by_rows
+from model.kernels.calls import array
 from model.kernels.e4m3 import from_e4m3
 from model.kernels.jit import helper, kernel
-from model.kernels.panels import PAIR, address, pack_columns, pack_rows, panels_of, tile
+from model.kernels.panels import by_panels, pack_columns, pack_rows, panels_of, tile_of_packed, tile_of_rows
 from model.kernels.registers import COLUMNS, ROWS, available
 from model.kernels.scalars import narrow, rounded
 
@@ -31,11 +31,7 @@ def by_blocks(
     out = torch.empty(len(a_MK), inputs if turned else outputs, dtype=dtype)
     read = array(a_MK.contiguous()), array(sa_MY.contiguous()), array(w_EFD.contiguous()), array(sw_EXY.contiguous())
     written = array(out)
-    by_rows(
-        -(-out.shape[1] // COLUMNS),
-        COLUMNS * len(out),
-        lambda a, b: _by_blocks(*read, turned, ends_E, a, b, written),
-    )
+    by_panels(out.shape[1], len(out), lambda a, b: _by_blocks(*read, turned, ends_E, a, b, written))
     return out
 
 
@@ -45,11 +41,7 @@ def weight_gradient(
     """gyᵀ x in FP32 [E, F, D], with scales for each column of a tile of rows; ``stop_X``: where the tiles end."""
     out = torch.zeros(len(ends_E), gy_TF.shape[1], x_TD.shape[1])
     read, written = [array(of.contiguous()) for of in (gy_TF, sgy_XF, x_TD, sx_XD)], array(out)
-    by_rows(
-        -(-out.shape[2] // COLUMNS),
-        COLUMNS * len(gy_TF),
-        lambda a, b: _weight_gradient(*read, stop_X, ends_E, a, b, written),
-    )
+    by_panels(out.shape[2], len(gy_TF), lambda a, b: _weight_gradient(*read, stop_X, ends_E, a, b, written))
     return out
 
 
@@ -72,8 +64,7 @@ def scaled_tiles(a_MK, row, left, sa_MY, b_PJ, s_Y, c_MJ, sum_MJ):
     pairs, done = a_MK.shape[1] // 2, 0
     for y in range(len(s_Y)):
         p = y * PAIRS
-        a = address(a_MK[row, 2 * p :])
-        done = tile(left, a, a_MK.strides[0], PAIR, min(PAIRS, pairs - p), address(b_PJ[p]), address(c_MJ))
+        done = tile_of_rows(a_MK[:, 2 * p :], row, left, min(PAIRS, pairs - p), b_PJ[p:], c_MJ)
         for m in range(done):
             scale, c, total = sa_MY[row + m, y] * s_Y[y], c_MJ[m], sum_MJ[m]
             for j in range(COLUMNS):
@@ -133,10 +124,9 @@ def _weight_gradient(gy_TF, sgy_XF, x_TD, sx_XD, stop_X, ends_E, panel, stop, ou
         pack_rows(widened(x_TD[first : stop_X[x]])[:, :inputs], panel, b_NPJ)
         row = 0
         while row < outputs:
-            left, done = min(outputs - row, COLUMNS - row % COLUMNS), 0
-            a = address(a_NPJ[row // COLUMNS, 0, row % COLUMNS :])
+            done = 0
             for n in range(stop - panel):
-                done = tile(left, a, PAIR, PAIR * COLUMNS, pairs, address(b_NPJ[n]), address(c_MJ))
+                done = tile_of_packed(a_NPJ, row, outputs, pairs, b_NPJ[n], c_MJ)
                 start = COLUMNS * (panel + n)
                 scales = sx_XD[x, start : start + COLUMNS]
                 for m in range(done):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.calls import array, by_rows
-from model.kernels.compiled import swiglu_backward, swiglu_forward
+from model.kernels.elementwise import swiglu_backward, swiglu_forward
 
 
 def forward(x: Tensor, weights_T: Tensor | None) -> Tensor:

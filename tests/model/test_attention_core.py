@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import model.kernels.calls
 from model.kernels import attention_core as core
 from model.kernels import registers
+from tests.model.threads import assert_threads_change_nothing
 
 pytestmark = pytest.mark.skipif(not registers.available(), reason="needs a CPU with AVX512_BF16 and without AMX")
 
@@ -102,9 +102,4 @@ def test_threads_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
         out, kept = core.forward(*read, 0.3)
         return [out, kept, *core.backward(*read, out, kept, g, 0.3)]
 
-    alone = all_of_them()
-    monkeypatch.setattr(model.kernels.calls, "PART_ELEMENTS", 16)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    for _ in range(10):
-        for one, many in zip(alone, all_of_them(), strict=True):
-            assert torch.equal(one, many)
+    assert_threads_change_nothing(monkeypatch, all_of_them)

@@ -24,6 +24,7 @@ from model.kernels.jit import kernel
 from model.mlp import swiglu, swiglu_backward
 from model.norm import rms_norm
 from model.rope import rotate, rotations
+from tests.model.threads import assert_threads_change_nothing
 
 seeds = st.integers(0, 2**31)
 ULP = 2.0**-8
@@ -121,12 +122,7 @@ def test_threads_do_not_change_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
         return [y, q, k, v, *back, kernels.forward(x, weights), *gates, *norm.backward(x, scale, scales, x)]
 
     monkeypatch.setattr(norm, "BLOCK_ELEMENTS", 64)
-    alone = all_of_them()
-    monkeypatch.setattr(model.kernels.calls, "PART_ELEMENTS", 16)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
-    for _ in range(20):
-        for one, many in zip(alone, all_of_them(), strict=True):
-            assert torch.equal(one, many)
+    assert_threads_change_nothing(monkeypatch, all_of_them, repeats=20)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import model.kernels.calls
 from model.fp8.gemm import Emulated
 from model.fp8.quantise import Tile, quantise
 from model.kernels import products, registers
+from tests.model.threads import assert_threads_change_nothing
 
 pytestmark = pytest.mark.skipif(not registers.available(), reason="needs a CPU with AVX512_BF16 and without AMX")
 
@@ -59,15 +59,11 @@ def test_a_row_s_bits_are_its_own_however_many_rows_and_threads_there_are(monkey
         products.add_weight_gradient(gy, x, ends, buffer)
         return [products.forward(x, weight, ends), products.input_gradient(gy, weight, ends), buffer]
 
-    alone = all_of_them()
+    y = products.forward(x, weight, ends)
     for row in range(29):
         one = products.forward(x[row : row + 1], weight[:1], np.ones(1, np.int32))
-        assert torch.equal(one[0], alone[0][row])
-    monkeypatch.setattr(model.kernels.calls, "PART_ELEMENTS", 16)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    for _ in range(10):
-        for one, many in zip(alone, all_of_them(), strict=True):
-            assert torch.equal(one, many)
+        assert torch.equal(one[0], y[row])
+    assert_threads_change_nothing(monkeypatch, all_of_them)
 
 
 def test_threads_share_products_of_e4m3(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,11 +78,7 @@ def test_threads_share_products_of_e4m3(monkeypatch: pytest.MonkeyPatch) -> None
         made = gemm.fprop(x_rows, blocks, groups, dtype), gemm.dgrad(gy_rows, blocks, groups, dtype)
         return [*made, gemm.wgrad(*columns)]
 
-    alone = all_of_them()
-    monkeypatch.setattr(model.kernels.calls, "PART_ELEMENTS", 16)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    for one, many in zip(alone, all_of_them(), strict=True):
-        assert torch.equal(one, many)
+    assert_threads_change_nothing(monkeypatch, all_of_them)
 
 
 def test_nan_and_infinity_are_not_hidden() -> None:
