@@ -39,6 +39,7 @@ def answer(path: str, workload: Workload, cluster: Cluster, run: Run, as_json: b
     fraction = make_plan(workload, cluster, run).faults.effective_fraction
     hours = {each.phase.name: each.gpu_hours for each in priced}
     total = sum(hours.values())
+    stated = sum(each.gpu_hours for each in priced if not each.parts)  # failures and checkpoints are in them
     compared = [(names, sum(hours[name] for name in names), known) for names, known in file.published]
     if as_json:
         return json.dumps(
@@ -55,25 +56,22 @@ def answer(path: str, workload: Workload, cluster: Cluster, run: Run, as_json: b
         )
     lines = [_table(priced, workload), ""]
     lines.append(f"in all: {scaled(total)} GPU-hours, ${scaled(total * cluster.dollars_per_gpu_hour)}")
-    lines[-1] += f"; with failures and checkpoints {scaled(total / fraction)}"
+    lines[-1] += f"; with failures and checkpoints {scaled(stated + (total - stated) / fraction)}"
     for names, planned, known in compared:
         lines.append(f"{' + '.join(names)}: {scaled(planned)}, published {scaled(known)} ({planned / known - 1:+.1%})")
     known = sum(hours for _, hours in file.published)
     if {name for names, _ in file.published for name in names} == set(hours):
-        dollars = known * cluster.dollars_per_gpu_hour
-        lines.append(f"published in all: {scaled(known)}, ${scaled(dollars)} ({total / known - 1:+.1%})")
+        lines.append(f"published in all: {scaled(known)} ({total / known - 1:+.1%})")
     return "\n".join(lines + _notes(priced, workload))
 
 
 def read_phases(path: Path) -> PhasesFile:
     """Raises UsageError and ConfigError."""
     document = read(path, "--phases", "`phases` and, at most, `published`")
-    if not document.get("phases") or set(document) - {"phases", "published"}:
+    rows = document.get("phases")
+    if not isinstance(rows, list) or not rows or set(document) - {"phases", "published"}:
         raise UsageError(f"--phases {path} must hold a list `phases` and, at most, a list `published`")
-    rows = document["phases"]
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows
-    ):
+    if not all(isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows):
         raise UsageError(f"--phases {path}: every phase must be a mapping with a name")
     phases = [_phase(path, row) for row in rows]
     names = [phase.name for phase in phases]
@@ -112,7 +110,7 @@ def _phase(path: Path, row: Mapping[str, Any]) -> RunPhase:
 def _positive(where: str, row: Mapping[str, Any], key: str) -> float:
     value = row[key]
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e18:
-        raise UsageError(f"{where}: {key}={value!r} must be a number above 0")
+        raise UsageError(f"{where}: {key}={value!r} must be a number above 0 and below 1e18")
     return float(value)
 
 
@@ -120,6 +118,8 @@ def _published(path: Path, row: Any, known: Sequence[str]) -> tuple[list[str], f
     where = f"--phases {path}: published"
     if not isinstance(row, dict) or set(row) != {"phases", "gpu_hours"} or not isinstance(row["phases"], list):
         raise UsageError(f"{where}: every row must have phases, a list of names, and gpu_hours")
+    if not row["phases"] or len(set(row["phases"])) < len(row["phases"]):
+        raise UsageError(f"{where}: phases={row['phases']} must name one phase or more, each once")
     for name in row["phases"]:
         if name not in known:
             raise UsageError(f"{where}: {name} is not a phase; the phases are {', '.join(known)}")
@@ -167,8 +167,7 @@ def _notes(priced: Sequence[PricedPhase], workload: Workload) -> list[str]:
             if part.schedule != workload.schedule:
                 notes.append(
                     f"{name}: {numbers} micro-batches for each replica are too few for {workload.schedule} on "
-                    f"{workload.layout.pipeline} ranks; of the schedules that run, {part.schedule} is the fastest"
-                    + (" that fits" if part.fits else ", though it does not fit in memory")
+                    f"{workload.layout.pipeline} ranks; of those that run, {part.schedule} is the fastest that fits"
                 )
         if each.parts and each.phase.sequence_length > workload.sequence_length:
             notes.append(

@@ -113,11 +113,16 @@ def _ranks(plan: Plan) -> str:
 def _step(plan: Plan) -> list[str]:
     causes = ", ".join(f"{_CAUSES[name]} {seconds:.3g}" for name, seconds in idle_by_cause(plan.result).items())
     (causal, full), (mfu, full_mfu) = plan.tflops, plan.mfu
+    pair = (
+        f"{plan.pair_seconds * 1e3:.4g} ms in a typical stage, {plan.pair_hidden_fraction:.1%} of its communication "
+        f"hidden, {plan.exposed_seconds:.3g} s a step exposed; bound by {plan.bound}"
+    )
+    if not any(rank.overlapped_s for rank in plan.seconds):
+        pair = f"{plan.workload.schedule} overlaps none: all communication of a layer is exposed"
     return [
         f"step             {plan.step_seconds:.4g} s, {scaled(plan.workload.step_tokens)} tokens; bubble of a rank "
         f"on average, s: {causes}",
-        f"pair             {plan.pair_seconds * 1e3:.4g} ms in a typical stage, {plan.pair_hidden_fraction:.1%} of its "
-        f"communication hidden, {plan.exposed_seconds:.3g} s a step exposed; bound by {plan.bound}",
+        f"pair             {pair}",
         f"utilisation      {causal:.4g} TFLOPS causal, {full:.4g} non-causal; MFU {mfu:.1%} and {full_mfu:.1%}",
         f"memory           rank {plan.fullest_rank} is fullest: {plan.memory[plan.fullest_rank].total / 1e9:.4g} of "
         f"{plan.usable_bytes / 1e9:.4g} GB for tensors",

@@ -46,6 +46,15 @@ def check(name: str, ranks: int, microbatches: int, chunks: int | None = None) -
     family.check(*sizes)
 
 
+def runs(name: str, ranks: int, microbatches: int, chunks: int | None = None) -> bool:
+    """Whether ``check`` accepts them."""
+    try:
+        check(name, ranks, microbatches, chunks)
+    except ValueError:
+        return False
+    return True
+
+
 def stages(name: str, ranks: int, chunks: int | None = None) -> int:
     """The stages that a schedule cuts the model into. Raises ValueError for an unknown name, or chunks it has not."""
     family = _family(name, chunks)

@@ -1,8 +1,9 @@
 """A run of several phases: ramps of the batch, longer contexts, and hours that are only stated.
 
 A step takes a + b M seconds for M micro-batches, exactly so once the pipeline is full, so that two simulations price a
-whole ramp: over T tokens in which M rises evenly from m to n, the time of a token is the mean of (a + b M) / M, that is
-b + a ln(n / m) / (n - m). Where M is below what the schedule allows, the fastest other schedule that fits runs.
+whole ramp, and none is longer than ``LONGEST`` micro-batches a rank: over T tokens in which M rises evenly from m to n,
+the time of a token is the mean of (a + b M) / M, that is b + a ln(n / m) / (n - m). Where M is below what the schedule
+allows, the fastest other schedule that fits runs.
 
 A sequence longer than the workload's is cut into pieces of the workload's length, which attend to all before them: the
 core grows with the context, and everything else stays. Moving keys and values between pieces is not counted.
@@ -14,9 +15,12 @@ from functools import cached_property
 from math import inf, log
 
 from dualpipe import schedules
+from parallel.estimate.fit import DoesNotFit, check
 from parallel.estimate.hardware import Cluster
 from parallel.estimate.plan import Plan, Run, make_plan
 from parallel.estimate.workload import Workload
+
+LONGEST = 16
 
 
 class PhaseError(ValueError):
@@ -42,7 +46,6 @@ class Part:
     tokens: float
     microbatches: tuple[float, float]
     gpu_hours: float
-    fits: bool
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class PricedPhase:
 
 
 def price(phases: Sequence[RunPhase], workload: Workload, cluster: Cluster, run: Run) -> list[PricedPhase]:
-    """Every phase on the workload's layout. Raises PhaseError for one that does not run there."""
+    """Every phase on the workload's layout. Raises PhaseError for one that does not run there, or does not fit."""
     return [
         PricedPhase(phase, () if phase.gpu_hours is not None else tuple(_parts(phase, workload, cluster, run)))
         for phase in phases
@@ -113,10 +116,14 @@ def _part(
         )
     seconds = {line: line.seconds_per_microbatch(microbatches) for line in lines}
     best = min(lines, key=lambda line: (not line.plan.fits, seconds[line]))
+    try:
+        check(best.plan)
+    except DoesNotFit as error:
+        raise PhaseError(f"phase {name}: {error}") from None
     w = workload
     rate = w.tokens * w.layout.data  # tokens of one micro-batch of every replica
     hours = tokens / rate * seconds[best] * w.layout.world_size / 3600
-    return Part(best.plan.workload.schedule, tokens, microbatches, hours, best.plan.fits)
+    return Part(best.plan.workload.schedule, tokens, microbatches, hours)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,8 +157,9 @@ def _line(
     least = fewest(schedule, pipeline)
     if microbatches[0] < least or schedules.stages(schedule, pipeline) > workload.model.num_hidden_layers:
         return None
-    start = _runnable(schedule, pipeline, round(microbatches[0]))
-    end = _runnable(schedule, pipeline, max(round(microbatches[1]), start + 1))
+    longest = LONGEST * pipeline
+    start = _runnable(schedule, pipeline, min(round(microbatches[0]), longest))
+    end = _runnable(schedule, pipeline, max(min(round(microbatches[1]), 2 * longest), start + 1))
     own = workload if schedule == workload.schedule else replace(workload, schedule=schedule, chunks=None)
     plans = [make_plan(replace(own, microbatches=m), cluster, run) for m in (start, end)]
     return _Line(*plans)
@@ -159,19 +167,11 @@ def _line(
 
 def _runnable(schedule: str, ranks: int, microbatches: int) -> int:
     """The next number of micro-batches from this one on that the schedule runs."""
-    while not runs(schedule, ranks, microbatches):
+    while not schedules.runs(schedule, ranks, microbatches):
         microbatches += 1
     return microbatches
 
 
 def fewest(schedule: str, ranks: int) -> float:
     """The fewest micro-batches that a schedule runs on so many ranks."""
-    return next((m for m in range(1, 4 * ranks + 1) if runs(schedule, ranks, m)), inf)
-
-
-def runs(schedule: str, ranks: int, microbatches: int, chunks: int | None = None) -> bool:
-    try:
-        schedules.check(schedule, ranks, microbatches, chunks)
-    except ValueError:
-        return False
-    return True
+    return next((m for m in range(1, 4 * ranks + 1) if schedules.runs(schedule, ranks, m)), inf)

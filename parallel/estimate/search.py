@@ -30,7 +30,6 @@ from parallel.estimate.memory import (
 )
 from parallel.estimate.operations import Operations
 from parallel.estimate.peak import Placement
-from parallel.estimate.phases import runs
 from parallel.estimate.plan import Plan, Run, end_seconds, make_plan
 from parallel.estimate.stages import StageCost, pair_seconds, stage_costs, stage_layers
 from parallel.estimate.workload import Workload, recomputes
@@ -122,7 +121,7 @@ def _families(workload: Workload, ranks_per_node: int) -> Iterator[_Family]:
             continue
         microbatches = batch // (data * size)
         for name, chunks in _schedules(pipeline, c.num_hidden_layers):
-            if not runs(name, pipeline, microbatches, chunks):
+            if not schedules.runs(name, pipeline, microbatches, chunks):
                 continue
             for expert in _divisors(data):
                 if c.n_routed_experts % expert or workload.imbalance > expert:

@@ -236,6 +236,10 @@ def test_phases_are_priced_and_compared(capsys: pytest.CaptureFixture[str], tmp_
     text = answer(capsys, *small, *AS_TRAINED, "--phases", str(file))
     assert "ramp: 4 to 8 micro-batches for each replica are too few for dualpipe on 4 ranks" in text
     assert "published in all: 400K" in text
+    small[-1] = "memory_gb=20"
+    assert main([V3, *small, *AS_TRAINED, "--phases", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"phase ramp: pipeline rank \d+ needs \S+ GB, \S+ GB more than the 18.0 GB", error)
 
 
 @pytest.mark.parametrize(
@@ -246,9 +250,12 @@ def test_phases_are_priced_and_compared(capsys: pytest.CaptureFixture[str], tmp_
             "phases: [{name: a}]",
             "phase a must have gpu_hours, or sequence_length, global_batch_size and tokens or steps",
         ),
-        ("phases: [{name: a, gpu_hours: x}]", "phase a: gpu_hours='x' must be a number above 0"),
+        ("phases: [{name: a, gpu_hours: x}]", "phase a: gpu_hours='x' must be a number above 0 and below 1e18"),
         ("phases: [{name: a, gpu_hours: 1}, {name: a, gpu_hours: 1}]", "two phases have the same name"),
         ("phases: [{name: a, gpu_hours: 1}]\npublished: [{phases: [b], gpu_hours: 1}]", "b is not a phase"),
+        ("phases: [{name: a, gpu_hours: 1}]\npublished: [{phases: [], gpu_hours: 1}]", "name one phase or more"),
+        ("phases: [{name: a, gpu_hours: 1}]\npublished: [{phases: [a, a], gpu_hours: 1}]", "each once"),
+        ("phases: 3", "must hold a list `phases`"),
         (
             "phases: [{name: a, steps: 9, sequence_length: 4096, global_batch_size: [5, 4]}]",
             "global_batch_size=[5, 4] must not fall",

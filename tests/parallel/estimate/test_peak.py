@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from dualpipe import schedules
 from parallel.estimate.peak import Placement
-from parallel.estimate.phases import runs
 from tests.parallel.estimate.walk import held_bytes
 
 
@@ -14,7 +13,7 @@ from tests.parallel.estimate.walk import held_bytes
 @given(st.data(), st.sampled_from(sorted(schedules.SCHEDULES)), st.integers(1, 6))
 def test_peaks_are_those_of_every_slot_and_of_every_full_pipeline(data: st.DataObject, name: str, ranks: int) -> None:
     """Whatever the stages take, and whether a micro-batch takes less or more while it waits for its W."""
-    sizes = [m for m in range(1, 3 * ranks + 2) if runs(name, ranks, m)]
+    sizes = [m for m in range(1, 3 * ranks + 2) if schedules.runs(name, ranks, m)]
     if not sizes:  # an odd number of ranks
         return
     microbatches = data.draw(st.sampled_from(sizes))

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from parallel.estimate.phases import RunPhase, price
+from parallel.estimate.phases import LONGEST, RunPhase, price
 from parallel.estimate.plan import make_plan
 from tests.parallel.estimate.published import H800, RUN, smaller
 
@@ -30,6 +30,13 @@ def test_a_ramp_costs_what_its_many_small_steps_cost_together() -> None:
     hours = [plan.gpu_hours_per_trillion_tokens for plan in plans]
     steps = [(a + b) / 2 for a, b in pairwise(hours)]
     assert priced.gpu_hours == pytest.approx(sum(steps) / len(steps), rel=0.02)
+
+
+def test_a_batch_of_very_many_micro_batches_costs_what_its_own_simulation_says() -> None:
+    many = 8 * LONGEST * smaller().layout.pipeline
+    (priced,) = price([RunPhase("one", 1e12, LENGTH, (64 * many, 64 * many))], smaller(), ROOMY, RUN)
+    plan = make_plan(smaller(microbatches=many), ROOMY, RUN)
+    assert priced.gpu_hours == pytest.approx(plan.gpu_hours_per_trillion_tokens, rel=1e-4)
 
 
 def test_below_two_micro_batches_a_rank_another_schedule_runs_until_dualpipe_can() -> None:
