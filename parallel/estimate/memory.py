@@ -122,6 +122,8 @@ def _token_bytes(workload: Workload, moe: bool) -> float:
     token += heads * (c.v_head_dim if workload.makes_again("mla_up") else c.qk_head_dim) * width  # the core's result
     if not workload.makes_again("norm"):
         token += norms * operand + (4 * c.hidden_size if moe and width < 4 else 0)  # the router reads FP32
+    if workload.makes_again("mla_up") and not workload.makes_again("norm") and workload.precision == "fp8":
+        token += latents * width  # what they are made of, beside its FP8 copy
     if not workload.makes_again("mla_up"):
         token += 3 * heads * c.qk_head_dim * width
         token += heads * c.v_head_dim * (1.5 + 4 / 128 if workload.precision == "fp8" else width)

@@ -85,13 +85,14 @@ def test_a_layer_keeps_what_is_predicted(layer: int, change: dict[str, int | Non
 
 @pytest.mark.parametrize("layer", [1, 2])
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("policy", [("mla_up",), SELECTIVE])
 def test_a_layer_in_a_narrow_format_saves_what_is_predicted(
-    layer: int, precision: Literal["bf16", "fp8"], monkeypatch: pytest.MonkeyPatch
+    layer: int, precision: Literal["bf16", "fp8"], policy: Recompute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rest is what the attention core keeps, which a CPU may run in FP32: twice of it for BF16. A CPU that fills
     the rows of experts up keeps those in excess too; here there are none."""
     monkeypatch.setattr(filling, "GROUP_ROWS", 1)
-    model = replace(SMALL, recompute=("norm", "mla_up", "swiglu"))
+    model = replace(SMALL, recompute=policy)
     workload = Workload(model, Layout(), "dualpipe", 256, 2, 1, precision, 4)
     predicted = layer_activation_bytes(workload, model.is_moe(layer))
     if widens_the_core(model):
