@@ -204,7 +204,7 @@ def _what_if(texts: Sequence[str]) -> _WhatIf:
     values: dict[str, str] = {}
     for part in (part for text in texts for part in text.split(",")):
         key, equals, value = (side.strip() for side in part.partition("="))
-        if not equals or not value:
+        if not key or not equals or not value:
             raise UsageError(f"--what-if {part!r} must have the form KEY=VALUE")
         name = WHAT_IF.get(key, key)
         if name in values:

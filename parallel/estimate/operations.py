@@ -299,7 +299,11 @@ class Operations:
         """Operations a second."""
         peak: float = getattr(self.cluster, f"{precision}_tflops")
         if not peak:
-            raise ClusterError(f"cluster {self.cluster.name}: {precision}_tflops=0: the device has no such products")
+            others = [p for p in ("bf16", "fp8") if getattr(self.cluster, f"{p}_tflops")]
+            raise ClusterError(
+                f"cluster {self.cluster.name}: {precision}_tflops=0: the device has no such products, but those of "
+                f"precision={' or '.join(others)}"
+            )
         return peak * 1e12
 
     def _small(self, rate: str, size: float) -> float:

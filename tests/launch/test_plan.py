@@ -137,6 +137,7 @@ def test_what_if_and_overrides_change_the_answer(capsys: pytest.CaptureFixture[s
         (["--what-if", "ib=fast"], "what-if ib_gb_per_s=fast must be a number, in the unit of its name"),
         (["--what-if", "ib=0"], "cluster h800: ib_gb_per_s=0 must be finite and above 0"),
         (["--what-if", "ib"], "--what-if 'ib' must have the form KEY=VALUE"),
+        (["--what-if", "=1"], "--what-if '=1' must have the form KEY=VALUE"),
         (["--what-if", "ib=1,ib_gb_per_s=2"], "--what-if ib_gb_per_s is given twice"),
         (
             ["--what-if", "cluster.gpu=h900"],
