@@ -28,6 +28,7 @@ from launch.drills import damage as damages
 from launch.drills.damage import Damage
 from launch.drills.fault import PLAN, Action, Fault, Plan, Point
 from launch.drills.scenarios import EVERY, STEPS, Again, Scenario
+from launch.drills.segments import segments_of
 from launch.metrics import read_jsonl
 from launch.nodes.roster import NodeCount
 from launch.nodes.roster_file import RosterFile
@@ -42,6 +43,8 @@ CONTROL_GRACE_SECONDS = 3600
 """How long ranks of a control may take to end at a signal: longer than any start of it."""
 CONTROL_WAIT_SECONDS = 60.0
 """How long the nodes of a control wait for one that does not come."""
+SEGMENTS_EVERY_SECONDS = 0.5
+"""Between looks at what the processes of a run share."""
 END_SECONDS = 5.0
 """How long processes may take to be gone after the launcher is."""
 PLAN_FILE = "plan.json"
@@ -197,6 +200,8 @@ class Drive:
         self.config_file, self.output, self.temporary = folder / "config.yaml", folder / "output.txt", folder / "tmp"
         self.interrupted: float | None = None
         """When the launcher was sent a signal, in seconds of ``time.time``."""
+        self._segments: set[Path] = set()
+        self._looked = 0.0
         self.temporary.mkdir(parents=True)
         plan.write()
         self.config_file.write_text(dump(config))
@@ -241,6 +246,7 @@ class Drive:
             if interrupt is not None and self.interrupted is None and is_due(_step(entry)):
                 self.interrupted = time.time()
                 launchers[0].send_signal(interrupt)
+            self._note_segments()
             time.sleep(poll_seconds)
         return Attempt(began, time.time(), stepped, _status(launchers), self.steps(), self.output.read_text())
 
@@ -305,7 +311,7 @@ class Drive:
         return [float(line) for line in self.plan.forwards.read_text().split()] if self.plan.forwards.exists() else []
 
     def leftovers(self, files_too: bool = True) -> list[str]:
-        """What a start left: processes, which are killed, and temporary files, which are removed."""
+        """What a start left: processes, which are killed, and temporary files and shared memory, which are removed."""
         deadline = time.monotonic() + END_SECONDS
         while (processes := self._processes()) and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
@@ -313,7 +319,18 @@ class Drive:
         files = list(self.temporary.iterdir())
         for path in files:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return [f"process {process.pid}" for process in processes] + [path.name for path in files if files_too]
+        segments = sorted(path for path in self._segments if path.exists())
+        for path in segments:
+            path.unlink()
+        self._segments.clear()
+        named = [f"process {process.pid}" for process in processes] + [f"segment {path.name}" for path in segments]
+        return named + [path.name for path in files if files_too]
+
+    def _note_segments(self) -> None:
+        """What the processes of the run share by name, once in a while: who dies cannot be asked any more."""
+        if time.monotonic() - self._looked > SEGMENTS_EVERY_SECONDS:
+            self._looked = time.monotonic()
+            self._segments.update(*(segments_of(process.pid) for process in self._processes()))
 
     def _last_entry(self) -> dict[str, Any] | None:
         entries = read_jsonl(self.run.metrics_file)

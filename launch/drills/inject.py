@@ -26,6 +26,7 @@ import torch
 from launch import hosts, local
 from launch.config import Config
 from launch.drills.fault import PLAN, Action, Fault, Plan, Point
+from launch.drills.segments import segments_of
 from launch.run_folder import RunFolder
 from parallel import checkpoint
 from parallel.replica import Replica
@@ -241,7 +242,7 @@ def _first(mark: Path) -> bool:
 
 def _lose_node() -> None:
     """None of its processes may see another one end, so all are stopped first. They are the drill's own: the launcher
-    was given its plan."""
+    was given its plan. What they share by name goes with the node's memory."""
     launcher = multiprocessing.parent_process()
     assert launcher is not None and launcher.pid is not None
     node = psutil.Process(launcher.pid)
@@ -249,6 +250,8 @@ def _lose_node() -> None:
     others = [process for process in (node, *node.children(recursive=True)) if process.pid != os.getpid()]
     for process in others:
         process.suspend()
+    for segment in {segment for process in others for segment in segments_of(process.pid)}:
+        segment.unlink(missing_ok=True)
     for process in others:
         process.kill()
     os.kill(os.getpid(), signal.SIGKILL)

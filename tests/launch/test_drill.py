@@ -25,6 +25,7 @@ from launch.drills.damage import Damage
 from launch.drills.drive import Attempt, Drive, Evidence
 from launch.drills.fault import PLAN, Action, Fault, Plan, Point, read
 from launch.drills.scenarios import SCENARIOS, STEPS
+from launch.drills.segments import segments_of
 from launch.drills.verdict import Ending, judge
 from launch.run_folder import RunFolder
 from parallel import checkpoint, manifest
@@ -340,6 +341,23 @@ def test_a_slow_rank_has_to_be_named_alone_and_the_run_to_go_on(
     killed = {"event": "failure", "rank": 3, "cause": "ended as it hung", "step": 6}
     back = judge(scenario, _events(tmp_path, slow, killed, {"event": "resume", "step": 4}), GOOD)
     assert back.problems == ["2 steps were lost, of 0 at most"]
+
+
+def test_shared_memory_that_outlives_all_processes_is_found_and_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock between processes, whose owner and whose tracker are killed."""
+    monkeypatch.setattr(drive, "END_SECONDS", 0.2)
+    code = "import multiprocessing as m, time; lock = m.get_context('spawn').Lock(); print(flush=True); time.sleep(60)"
+    plan = Plan(tmp_path / "drill" / "plan.json")
+    with Drive(drive.drilled(load(drill.DEFAULT, drill.SHRUNK), plan.file.with_name("run")), plan) as mine:
+        environment = {**os.environ, PLAN: str(plan.file)}
+        with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) as owner:
+            assert owner.stdout is not None and owner.stdout.readline() == b"\n"
+            (segment,) = segments_of(owner.pid)
+            mine._note_segments()
+            assert f"segment {segment.name}" in mine.leftovers() and not segment.exists()
+        assert mine.leftovers() == [] and segments_of(owner.pid) == set()
 
 
 def test_only_the_drills_own_processes_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
