@@ -10,14 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-ALIGNMENT = 64
+from parallel.collectives import Group, Transfer, all_gather, members_of, position_in, reduce_scatter
 
-# torch 2.13 renamed both and warns of the old names; 2.10 to 2.12 have only those.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -42,14 +39,14 @@ class Bucket:
     def __init__(
         self,
         named: Sequence[tuple[str, nn.Parameter, int, int]],
-        group: dist.ProcessGroup | None,
+        group: Group | None,
         dtype: torch.dtype,
     ) -> None:
         # Matrices first: weight decay then applies to one range of every shard.
         named = sorted(named, key=lambda item: item[1].ndim < 2)
         self.group = group
-        self.replicas = 1 if group is None else dist.get_world_size(group)
-        position = 0 if group is None else dist.get_rank(group)
+        self.replicas = 1 if group is None else len(members_of(group))
+        position = 0 if group is None else position_in(group)
         self.segments: list[Segment] = []
         used = 0
         for name, parameter, offset, total in named:
@@ -72,8 +69,8 @@ class Bucket:
         self.parameters.copy_(whole)
         self.master = whole[self.start : self.stop].clone()
         self.written: list[Callable[[], None]] = []
-        self._reducing: dist.Work | None = None
-        self._gathering: dist.Work | None = None
+        self._reducing: Transfer[None] | None = None
+        self._gathering: Transfer[None] | None = None
 
     @property
     def shard(self) -> slice:
@@ -86,12 +83,8 @@ class Bucket:
 
     def reduce(self) -> None:
         """Start summing the gradients over the group."""
-        if self.group is None:
-            return
-        if self.gradients.is_cuda:
-            self._reducing = _reduce_scatter(self.gradient, self.gradients, group=self.group, async_op=True)
-        else:  # on gloo this beats reduce_scatter
-            self._reducing = dist.all_reduce(self.gradients, group=self.group, async_op=True)
+        if self.group is not None:
+            self._reducing = reduce_scatter(self.gradients, self.group)
 
     def reduced(self) -> None:
         """Wait for ``reduce``."""
@@ -107,8 +100,7 @@ class Bucket:
     def gather(self) -> None:
         """Start making the bucket whole on every rank of the group."""
         if self.group is not None:
-            own = self.parameters[self.shard].clone()
-            self._gathering = _all_gather(self.parameters, own, group=self.group, async_op=True)
+            self._gathering = all_gather(self.parameters[self.shard], self.parameters, self.group)
 
     def gathered(self) -> None:
         """Wait for ``gather``: nothing may use the parameters before."""
@@ -125,7 +117,7 @@ class Bucket:
     @property
     def peers(self) -> list[int]:
         """The ranks of the group."""
-        return [] if self.group is None else dist.get_process_group_ranks(self.group)
+        return [] if self.group is None else members_of(self.group)
 
     def owned_segments(self) -> list[Segment]:
         """The parts of parameters that lie in the own shard, ``start`` counted from the shard's beginning."""

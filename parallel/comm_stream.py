@@ -14,15 +14,15 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
 from time import perf_counter
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from model.exchange import Pending
+from parallel.collectives import Transfer
 
-Chain = Callable[[], Sequence[Pending[Tensor]]]
+Brought = TypeVar("Brought")
+Chain = Callable[[], Sequence[Pending[Brought]]]
 """Starts the hops of an exchange, each once the one before it is done, and returns what the last one will bring."""
 
 
@@ -39,11 +39,11 @@ class Times:
 
 
 class CommStream(Protocol):
-    def start(self, chain: Chain, hops: int) -> Pending[list[Tensor]]:
+    def start(self, chain: Chain[Brought], hops: int) -> Pending[list[Brought]]:
         """Have the chain of an exchange of so many hops run; what its last hop brought is there to be waited for."""
         ...
 
-    def track(self, work: dist.Work) -> None:
+    def track(self, transfer: Transfer[Any]) -> None:
         """A collective was started: it counts as communication until it is done."""
         ...
 
@@ -62,14 +62,14 @@ class HostStream:
     """On a CPU. A chain of one hop needs nobody to go on with it, and starts in the caller's thread."""
 
     def __init__(self) -> None:
-        self._chains: SimpleQueue[tuple[Chain, Future[Sequence[Pending[Tensor]]]] | None] = SimpleQueue()
+        self._chains: SimpleQueue[tuple[Chain[Any], Future[Any]] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._flights: list[tuple[float, float]] = []
         self._exposed_s = 0.0
         weakref.finalize(self, self._chains.put, None)
 
-    def start(self, chain: Chain, hops: int) -> Pending[list[Tensor]]:
-        last: Future[Sequence[Pending[Tensor]]] = Future()
+    def start(self, chain: Chain[Brought], hops: int) -> Pending[list[Brought]]:
+        last: Future[Sequence[Pending[Brought]]] = Future()
         if hops > 1:
             if self._thread is None:
                 # A daemon: a peer that never answers must not keep the process from ending.
@@ -79,15 +79,15 @@ class HostStream:
         else:
             last.set_result(chain())
 
-        def finish() -> list[Tensor]:
+        def finish() -> list[Brought]:
             with self.exposed():
                 return [pending.wait() for pending in last.result()]
 
         return Pending(finish)
 
-    def track(self, work: dist.Work) -> None:
+    def track(self, transfer: Transfer[Any]) -> None:
         start, flights = perf_counter(), self._flights
-        work.get_future().add_done_callback(lambda _: flights.append((start, perf_counter())))
+        transfer.when_done(lambda end: flights.append((start, max(start, end))))
 
     @contextmanager
     def exposed(self) -> Iterator[None]:
@@ -114,16 +114,16 @@ class CudaStream:
         self._chains: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def start(self, chain: Chain, hops: int) -> Pending[list[Tensor]]:
+    def start(self, chain: Chain[Brought], hops: int) -> Pending[list[Brought]]:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             begin = _event()
             arrived = [pending.wait() for pending in chain()]
             end = _event()
         self._chains.append((begin, end))
-        kept: list[Chain] = [chain]
+        kept: list[Chain[Brought]] = [chain]
 
-        def finish() -> list[Tensor]:
+        def finish() -> list[Brought]:
             with self.exposed():
                 torch.cuda.current_stream().wait_event(end)
             kept.clear()
@@ -131,7 +131,7 @@ class CudaStream:
 
         return Pending(finish)
 
-    def track(self, work: dist.Work) -> None:
+    def track(self, transfer: Transfer[Any]) -> None:
         """Nothing: the events around a chain tell when it was under way."""
 
     @contextmanager
@@ -170,7 +170,7 @@ def _event() -> torch.cuda.Event:
 
 
 @torch.no_grad()
-def _run_chains(chains: SimpleQueue[tuple[Chain, Future[Sequence[Pending[Tensor]]]] | None]) -> None:
+def _run_chains(chains: SimpleQueue[tuple[Chain[Any], Future[Any]] | None]) -> None:
     while (item := chains.get()) is not None:
         chain, last = item
         try:

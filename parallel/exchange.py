@@ -29,8 +29,9 @@ from model.exchange import Dispatched, Pending
 from model.fp8 import payload
 from model.fp8.quantise import Quantised
 from parallel.activity import Activity
+from parallel.collectives import Columns, Group, all_gather, members_of, position_in
 from parallel.comm_stream import CommStream, HostStream
-from parallel.hop import ABSENT, Bags, Hop, HopLayout, Traffic, awaited, numbered, pack, true_places, unpack
+from parallel.hop import ABSENT, Bags, Hop, HopLayout, Traffic, awaited, numbered, true_places
 
 Splits = tuple[list[int], list[int]]
 """Rows sent to and received from each peer of a hop."""
@@ -80,7 +81,7 @@ class GroupExchange:
 
     def __init__(
         self,
-        group: dist.ProcessGroup,
+        group: Group,
         experts: int,
         hops: Sequence[Hop],
         traffic: Traffic | None = None,
@@ -93,12 +94,11 @@ class GroupExchange:
         self.traffic = Traffic() if traffic is None else traffic
         self.stream = HostStream() if stream is None else stream
         self.activity = Activity(dist.get_rank()) if activity is None else activity
-        self.members = dist.get_process_group_ranks(group)
+        self.members, self.me = members_of(group), position_in(group)
         self.ranks = len(self.members)
         self.sizes = [len(hop.far) for hop in hops]
         assert prod(self.sizes) == self.ranks, (self.sizes, self.ranks)
-        me = dist.get_rank(group)
-        self.digits = tuple(me // prod(self.sizes[h + 1 :]) % size for h, size in enumerate(self.sizes))
+        self.digits = tuple(self.me // prod(self.sizes[h + 1 :]) % size for h, size in enumerate(self.sizes))
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Pending[Dispatched]:
         gates_TX = weights_TK.new_full((len(weights_TK), self.ranks * self.experts), ABSENT)
@@ -108,45 +108,44 @@ class GroupExchange:
         chunks: list[list[HopLayout]] = [[] for _ in range(self.chunks)]
         parts = list(zip(self._split(sent), self._split(gates_TX), strict=True))
 
-        def start(h: int, c: int, arrived: Tensor | None) -> Pending[Tensor]:
-            rows_TD, gates_TX = parts[c] if arrived is None else unpack(arrived, sent, weights_TK)
+        def start(h: int, c: int, arrived: Columns | None) -> Pending[Columns]:
+            rows_TD, gates_TX = parts[c] if arrived is None else arrived
             gates_TPX = gates_TX.unflatten(1, (self.sizes[h], -1))
             way = self.hops[h].layout(gates_TPX, *counts.splits[c][h])
             chunks[c].append(way)
-            packed = pack(rows_TD.index_select(0, way.row_N), gates_TPX[way.row_N, way.peer_N])
-            return self.hops[h].forth(packed, way, self.traffic, self.stream)
+            return self.hops[h].forth(rows_TD, gates_TPX, way, self.traffic, self.stream)
 
         pending = self._start("dispatch", start, range(len(self.hops)))
 
         def finish() -> Dispatched:
-            rows_MD, gates_MX = unpack(_joined(pending.wait()), sent, weights_TK)
+            rows_MD, gates_MX = _joined(pending.wait())
             return self._sorted(rows_MD, gates_MX, counts, chunks, indices_TK, x_TD)
 
         return Pending(finish)
 
     def combine(self, y_RD: Tensor, layout: DispatchLayout) -> Pending[Tensor]:
-        def home(rows_ND: Tensor, h: int, way: HopLayout) -> Tensor:
-            return way.rows_T.sum(rows_ND)
+        def home(arrived: Columns, h: int, way: HopLayout) -> Columns:
+            return (way.rows_T.sum(arrived[0]),)
 
-        pending = self._return("combine", layout.pairs_M.sum(y_RD), layout, home)
+        pending = self._return("combine", (layout.pairs_M.sum(y_RD),), layout, home)
 
         def finish() -> Tensor:
-            return _joined([home(rows, 0, c[0]) for rows, c in zip(pending.wait(), layout.chunks, strict=True)])
+            (rows_TD,) = _joined([home(rows, 0, c[0]) for rows, c in zip(pending.wait(), layout.chunks, strict=True)])
+            return rows_TD
 
         return Pending(finish)
 
     def dispatch_gradient(self, gz_TD: Tensor, layout: DispatchLayout) -> Pending[Tensor | Quantised]:
         parts = self._split(payload.pack(gz_TD) if self.fp8 else gz_TD)
 
-        def start(h: int, c: int, arrived: Tensor | None) -> Pending[Tensor]:
-            way = layout.chunks[c][h]
-            rows = (parts[c] if arrived is None else arrived).index_select(0, way.row_N)
-            return self.hops[h].forth(rows, way, self.traffic, self.stream)
+        def start(h: int, c: int, arrived: Columns | None) -> Pending[Columns]:
+            (rows,) = (parts[c],) if arrived is None else arrived
+            return self.hops[h].forth(rows, None, layout.chunks[c][h], self.traffic, self.stream)
 
         pending = self._start("gradient of combine", start, range(len(self.hops)))
 
         def finish() -> Tensor | Quantised:
-            rows = _joined(pending.wait()).index_select(0, layout.row_R)
+            rows = _joined(pending.wait())[0].index_select(0, layout.row_R)
             return payload.unpack(rows, gz_TD.shape[1]) if self.fp8 else rows
 
         return Pending(finish)
@@ -158,19 +157,19 @@ class GroupExchange:
         gweights_MX = gweights_R.new_zeros(len(grows_MD), self.experts)
         gweights_MX.view(-1)[layout.row_R * self.experts + layout.expert_R] = gweights_R
 
-        def home(arrived: Tensor, h: int, way: HopLayout) -> Tensor:
+        def home(arrived: Columns, h: int, way: HopLayout) -> Columns:
             """Sum the rows that came back, and put their gate values' gradients side by side, peer by peer."""
-            rows_ND, gates_NX = unpack(arrived, grows_RD, gweights_R)
+            rows_ND, gates_NX = arrived
             rows_TD = way.rows_T.sum(rows_ND)
             gates_TPX = gates_NX.new_zeros(len(rows_TD), self.sizes[h], gates_NX.shape[1])
             gates_TPX[way.row_N, way.peer_N] = gates_NX
-            return pack(rows_TD, gates_TPX.flatten(1))
+            return rows_TD, gates_TPX.flatten(1)
 
-        pending = self._return("gradient of dispatch", pack(grows_MD, gweights_MX), layout, home)
+        pending = self._return("gradient of dispatch", (grows_MD, gweights_MX), layout, home)
 
         def finish() -> tuple[Tensor, Tensor]:
             parts = [home(arrived, 0, c[0]) for arrived, c in zip(pending.wait(), layout.chunks, strict=True)]
-            rows_TD, gates_TX = unpack(_joined(parts), grows_RD, gweights_R)
+            rows_TD, gates_TX = _joined(parts)
             return rows_TD, gates_TX.gather(1, layout.gate_TK)
 
         return Pending(finish)
@@ -180,11 +179,11 @@ class GroupExchange:
         return rows.tensor_split(self.chunks)
 
     def _start(
-        self, operation: str, start: Callable[[int, int, Tensor | None], Pending[Tensor]], order: Sequence[int]
-    ) -> Pending[list[Tensor]]:
+        self, operation: str, start: Callable[[int, int, Columns | None], Pending[Columns]], order: Sequence[int]
+    ) -> Pending[list[Columns]]:
         """Take every chunk through the hops in ``order``: ``start(hop, chunk, what the hop before brought)``."""
 
-        def chain() -> list[Pending[Tensor]]:
+        def chain() -> list[Pending[Columns]]:
             pending = [start(order[0], c, None) for c in range(self.chunks)]
             for h in order[1:]:
                 pending = [start(h, c, before.wait()) for c, before in enumerate(pending)]
@@ -193,16 +192,21 @@ class GroupExchange:
         return awaited(self.stream, chain, len(order), self.activity, operation, self.members)
 
     def _return(
-        self, operation: str, rows: Tensor, layout: DispatchLayout, home: Callable[[Tensor, int, HopLayout], Tensor]
-    ) -> Pending[list[Tensor]]:
+        self,
+        operation: str,
+        columns: Columns,
+        layout: DispatchLayout,
+        home: Callable[[Columns, int, HopLayout], Columns],
+    ) -> Pending[list[Columns]]:
         """Take rows received back the way they came, up to the sums at the first hop's beginning; ``home(arrived, hop,
         its layout)`` sums what a hop brought back."""
-        parts = rows.split([sum(hops[-1].received) for hops in layout.chunks])
+        sizes = [sum(hops[-1].received) for hops in layout.chunks]
+        parts = list(zip(*(column.split(sizes) for column in columns), strict=True))
 
-        def start(h: int, c: int, arrived: Tensor | None) -> Pending[Tensor]:
+        def start(h: int, c: int, arrived: Columns | None) -> Pending[Columns]:
             hops = layout.chunks[c]
-            rows = parts[c] if arrived is None else home(arrived, h + 1, hops[h + 1])
-            return self.hops[h].back(rows, hops[h], self.traffic, self.stream)
+            leaving = parts[c] if arrived is None else home(arrived, h + 1, hops[h + 1])
+            return self.hops[h].back(leaving, hops[h], self.traffic, self.stream)
 
         return self._start(operation, start, range(len(self.hops))[::-1])
 
@@ -217,11 +221,11 @@ class GroupExchange:
         numbers = torch.cat(own)
         table = numbers.new_empty(self.ranks, len(numbers))
         with self.stream.exposed(), self.activity.waiting("dispatch", self.members):
-            work = dist.all_gather(list(table.unbind()), numbers, group=self.group, async_op=True)
-            self.stream.track(work)
-            work.wait()
+            transfer = all_gather(numbers, table, self.group)
+            self.stream.track(transfer)
+            transfer.wait()
         *by_hop, pairs = table.split([len(counts) for counts in own], dim=1)
-        me, hops = dist.get_rank(self.group), len(self.sizes)
+        me, hops = self.me, len(self.sizes)
         wanted = [t for i, of in enumerate(by_hop) for t in self._splits(of, i % hops)]
         found = torch.cat([*wanted, pairs[:, me].sum().view(1)]).tolist()
         splits: list[list[Splits]] = [[] for _ in range(self.chunks)]
@@ -285,5 +289,5 @@ def _by_source(sources_C: Tensor, rows: int) -> Tensor:
     return torch.arange(rows, device=counts.device) + moved.repeat_interleave(counts, output_size=rows)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
+def _joined(parts: Sequence[Columns]) -> Columns:
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in zip(*parts, strict=True))

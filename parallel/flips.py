@@ -19,6 +19,7 @@ from torch import Tensor
 
 from parallel.activity import Activity
 from parallel.bucket import Bucket
+from parallel.collectives import all_gather
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,10 @@ def _find(bucket: Bucket, activity: Activity) -> list[Flip]:
     if bucket.group is None:
         rows, ranks = [own.tolist()], [dist.get_rank() if dist.is_initialized() else 0]
     else:
-        gathered = [torch.empty_like(own) for _ in range(bucket.replicas)]
+        table = own.new_empty(bucket.replicas, len(own))
         with activity.waiting("comparison of parameters", bucket.peers):
-            dist.all_gather(gathered, own, group=bucket.group)
-        rows, ranks = torch.stack(gathered).tolist(), bucket.peers
+            all_gather(own, table, bucket.group).wait()
+        rows, ranks = table.tolist(), bucket.peers
     found = []
     for shard, owner in enumerate(ranks):
         claims = {Flip(owner, "master weights"): rows[shard][-1]}

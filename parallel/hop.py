@@ -5,15 +5,17 @@ T rows before a hop, D model, P peers of a hop, X experts behind a hop, N rows s
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.exchange import Pending
 from parallel.activity import Activity
-from parallel.comm_stream import Chain, CommStream
+from parallel.collectives import Columns, Group, all_to_all, position_in
+from parallel.comm_stream import Brought, Chain, CommStream
+from parallel.shared_memory import Rows
 
 ABSENT = -torch.inf
 """The gate value of an expert that was not chosen."""
@@ -68,9 +70,9 @@ class Hop:
     """An all-to-all of rows over ``group``, whose ranks are this hop's peers in order. ``far``: for each peer, whether
     it is on another node."""
 
-    def __init__(self, group: dist.ProcessGroup, far: Sequence[bool]) -> None:
+    def __init__(self, group: Group, far: Sequence[bool]) -> None:
         self.group, self.far = group, far
-        self._me = dist.get_rank(group)
+        self._me = position_in(group)
 
     def layout(self, gates_TPX: Tensor, sent: list[int], received: list[int]) -> HopLayout:
         goes_TP = (gates_TPX != ABSENT).any(-1)
@@ -79,58 +81,45 @@ class Hop:
         rows_T = Bags.of(goes_TP, numbered(goes_TP.t()).t(), sum(sent))
         return HopLayout(sent, received, places % rows, places // rows, rows_T)
 
-    def forth(self, rows: Tensor, layout: HopLayout, traffic: Traffic, stream: CommStream) -> Pending[Tensor]:
-        return self._start(rows, layout.sent, layout.received, traffic, stream)
+    def forth(
+        self, rows_TD: Tensor, gates_TPX: Tensor | None, layout: HopLayout, traffic: Traffic, stream: CommStream
+    ) -> Pending[Columns]:
+        """Every row to its peers, each time with the gate values of the experts behind that peer, if any are given."""
+        columns = [Rows(rows_TD, layout.row_N)]
+        if gates_TPX is not None:
+            columns.append(Rows(gates_TPX[layout.row_N, layout.peer_N]))
+        return self._start(columns, layout.sent, layout.received, traffic, stream)
 
-    def back(self, rows: Tensor, layout: HopLayout, traffic: Traffic, stream: CommStream) -> Pending[Tensor]:
-        return self._start(rows, layout.received, layout.sent, traffic, stream)
+    def back(self, columns: Columns, layout: HopLayout, traffic: Traffic, stream: CommStream) -> Pending[Columns]:
+        return self._start([Rows(column) for column in columns], layout.received, layout.sent, traffic, stream)
 
     def _start(
-        self, rows: Tensor, sent: list[int], received: list[int], traffic: Traffic, stream: CommStream
-    ) -> Pending[Tensor]:
-        row_bytes = rows.element_size() * rows[:1].numel()
+        self, columns: Sequence[Rows], sent: list[int], received: list[int], traffic: Traffic, stream: CommStream
+    ) -> Pending[Columns]:
+        row_bytes = sum(rows.tensor.element_size() * prod(rows.shape[1:]) for rows in columns)
         for peer, (count, far) in enumerate(zip(sent, self.far, strict=True)):
             if far:
                 traffic.between_bytes += count * row_bytes
             elif peer != self._me:
                 traffic.inside_bytes += count * row_bytes
-        rows, arrived = rows.contiguous(), rows.new_empty(sum(received), *rows.shape[1:])
-        work = dist.all_to_all_single(arrived, rows, received, sent, group=self.group, async_op=True)
-        stream.track(work)
-
-        def finish() -> Tensor:
-            work.wait()
-            return arrived
-
-        return Pending(finish)
+        transfer = all_to_all(columns, sent, received, self.group)
+        stream.track(transfer)
+        return Pending(transfer.wait)
 
 
 def awaited(
-    stream: CommStream, chain: Chain, hops: int, activity: Activity, operation: str, members: Sequence[int]
-) -> Pending[list[Tensor]]:
+    stream: CommStream, chain: Chain[Brought], hops: int, activity: Activity, operation: str, members: Sequence[int]
+) -> Pending[list[Brought]]:
     """The chain of an exchange, started; this rank is known to wait for ``members`` in ``operation`` whenever it does.
     Raises LostPeer, now or in ``wait``."""
     with activity.waiting(operation, members):
         pending = stream.start(chain, hops)
 
-    def finish() -> list[Tensor]:
+    def finish() -> list[Brought]:
         with activity.waiting(operation, members):
             return pending.wait()
 
     return Pending(finish)
-
-
-def pack(rows: Tensor, gates: Tensor) -> Tensor:
-    """Rows and gate values as the bytes of one message: a message costs more than its bytes."""
-    return torch.cat([rows.contiguous().view(torch.uint8), gates.contiguous().view(torch.uint8)], dim=1)
-
-
-def unpack(packed: Tensor, rows_like: Tensor, gates_like: Tensor) -> tuple[Tensor, Tensor]:
-    width = rows_like.shape[1] * rows_like.element_size()
-    rows, gates = packed.tensor_split([width], dim=1)
-    # A copy even of a single row, which is contiguous where it stands: the view needs aligned memory.
-    gates = gates.clone(memory_format=torch.contiguous_format)
-    return rows.contiguous().view(rows_like.dtype), gates.view(gates_like.dtype)
 
 
 def true_places(mask: Tensor, count: int) -> Tensor:

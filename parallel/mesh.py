@@ -76,9 +76,13 @@ class Layout:
         size = min(self.ranks_per_node, self.expert)
         return self.expert_group(rank)[self.expert_index(rank) % size :: size]
 
+    def node(self, rank: int) -> int:
+        """The node that a rank is on; 0 for all if nodes are not known."""
+        return rank // self.ranks_per_node if self.ranks_per_node else 0
+
     def far(self, rank: int, other: int) -> bool:
         """Whether two ranks are on different nodes, if nodes are known."""
-        return self.ranks_per_node > 0 and rank // self.ranks_per_node != other // self.ranks_per_node
+        return self.node(rank) != self.node(other)
 
     def keeper(self, rank: int) -> int:
         """Who keeps a copy of this rank's state: its like on the next node, or where there is one node only, or none

@@ -13,6 +13,7 @@ from model.fp8.linear import WeightBlocks
 from parallel import flips
 from parallel.activity import Activity
 from parallel.bucket import ALIGNMENT, Bucket
+from parallel.collectives import Group, Transfer, all_reduce
 from parallel.comm_stream import CommStream, Times
 from parallel.ema import Average
 from parallel.flips import Flip
@@ -29,11 +30,11 @@ class HeldStage:
 
     stage: ModelStage
     buckets: list[Bucket]
-    replicas: dist.ProcessGroup | None
+    replicas: Group | None
     counts: bool
     blocks: WeightBlocks | None = None
     loads_LE: Tensor | None = None
-    reducing: dist.Work | None = None
+    reducing: Transfer[None] | None = None
 
     def loads(self) -> dict[int, Tensor]:
         """Tokens of the whole step that chose each expert, by MoE layer; valid after STEP."""
@@ -138,7 +139,7 @@ class StepEnd:
         if held.stage.loads:
             held.loads_LE = torch.stack(list(held.stage.loads.values()))
             if held.replicas is not None:
-                held.reducing = dist.all_reduce(held.loads_LE, group=held.replicas, async_op=True)
+                held.reducing = all_reduce(held.loads_LE, held.replicas)
         self._unreduced.remove(stage)
         if self.ends is not None and not self._unreduced:
             with self.activity.waiting("gradient reduction of the embedding", self.ends.peers):

@@ -1,8 +1,10 @@
 """One rank of a training job: builds its stages, groups and optimizer, and runs steps."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import cast
 
 import torch
@@ -38,9 +40,10 @@ from parallel.mesh import Layout
 from parallel.optimizer import AdamW
 from parallel.optimizer_config import OptimizerConfig
 from parallel.partition import partition
+from parallel.shared_memory import SharedMemory
 from parallel.stage import ModelStage, StepScale
 from parallel.step_end import HeldStage, Refusal, ShardOptimizer, StepEnd
-from parallel.transport import PipelineTransport, channel_groups, channels
+from parallel.transport import PipelineTransport, channel_groups, channels, lanes_of
 
 CHUNK_BYTES, MOST_CHUNKS = 4 << 20, 4
 """A dispatch in two hops goes in chunks of about so many bytes of a rank's rows, and in so many at most."""
@@ -125,7 +128,8 @@ class Worker:
         self._deepep_buffer: Buffer | None = None
         timeout = collective_timeout(job.timeout_seconds)
         modules = job.model.num_nextn_predict_layers
-        self.groups = Groups(layout, self.program.routes, job.dispatch == "hierarchical", modules > 0, timeout)
+        memory = shared_memory(layout, job.device, timeout)
+        self.groups = Groups(layout, self.program.routes, job.dispatch == "hierarchical", modules > 0, timeout, memory)
         models = self._models()
         self.ends = self._share_ends(models) if modules else None
         self.held = {stage: self._hold(stage, model) for stage, model in models.items()}
@@ -151,8 +155,10 @@ class Worker:
             job.micro_batch_size, job.sequence_length, job.model.hidden_size, dtype=job.dtype, device=job.device
         )
         over_nccl = layout.pipeline > 1 and job.device.type == "cuda"
-        groups = channel_groups(layout, channels([self.program]), timeout) if over_nccl else None
-        self.transport = PipelineTransport(layout, rank, like, groups, self.activity)
+        used = channels([self.program])
+        groups = channel_groups(layout, used, timeout) if over_nccl else None
+        lanes = None if memory is None else lanes_of(memory, layout, rank, used)
+        self.transport = PipelineTransport(layout, rank, like, groups, self.activity, lanes)
 
     @property
     def needs_data(self) -> bool:
@@ -291,8 +297,12 @@ class Worker:
             return None
         positions = [route[end] for route in self.program.routes for end in (0, -1)]
         weight = embeds[0].weight
-        group = self.groups.of(self.job.layout.dense_replicas(positions))
-        return Bucket([("embed.weight", weight, 0, weight.numel())], group, self.job.dtype)
+        ranks = self.job.layout.dense_replicas(positions)
+        return self._bucket([("embed.weight", weight, 0, weight.numel())], ranks)
+
+    def _bucket(self, named: Sequence[tuple[str, torch.nn.Parameter, int, int]], ranks: Sequence[int]) -> Bucket:
+        """A bucket that ``ranks`` hold."""
+        return Bucket(named, self.groups.of(ranks), self.job.dtype)
 
     def _hold(self, stage: int, model: Transformer) -> HeldStage:
         job, layout = self.job, self.job.layout
@@ -308,10 +318,9 @@ class Worker:
                 routed.append((name, parameter, layout.expert_index(self.rank) * count, count * layout.expert))
             else:
                 dense.append((name, parameter, 0, count))
-        buckets = [Bucket(dense, self.groups.of(replicas), job.dtype)]
+        buckets = [self._bucket(dense, replicas)]
         if routed:
-            group = self.groups.of(layout.expert_replicas(positions, layout.expert_index(self.rank)))
-            buckets.append(Bucket(routed, group, job.dtype))
+            buckets.append(self._bucket(routed, layout.expert_replicas(positions, layout.expert_index(self.rank))))
         shared = [] if self.ends is None else [self.ends]
         gradients = WeightGradients({p: g for bucket in buckets + shared for p, g in bucket.buffers.items()})
         own(model, gradients)
@@ -332,6 +341,7 @@ class Worker:
             return LocalExchange(experts)
         match self.job.dispatch:
             case "deepep":
+                assert isinstance(group, dist.ProcessGroup), "it needs a GPU, and memory is for processors"
                 return self._deepep(group, experts)
             case "flat":
                 peers = [layout.expert_group(self.rank)]
@@ -356,6 +366,14 @@ class Worker:
             self._deepep_buffer = make_buffer(group, job.model, tokens, job.fp8_payload, job.timeout_seconds)
         mine = self.traffic, self.stream, job.fp8_payload, self.activity, job.device
         return DeepEPExchange(self._deepep_buffer, job.layout, self.rank, experts, *mine)
+
+
+def shared_memory(layout: Layout, device: torch.device, timeout: timedelta) -> SharedMemory | None:
+    """What the ranks of a node may share where processors compute; a node of its own is a host of its own, even where
+    one host plays several. Collective."""
+    if device.type != "cpu" or not dist.is_initialized() or not sys.platform.startswith("linux"):
+        return None
+    return SharedMemory([layout.node(rank) for rank in range(layout.world_size)], timeout)
 
 
 def alike(layout: Layout, program: Program) -> list[list[int]]:
