@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from parallel.collectives import Group, Transfer, all_gather, members_of, position_in, reduce_scatter
+from parallel.collectives import Group, Transfer, all_gather, members_of, position_in, reduce_scatter, size_of
 
 ALIGNMENT = 64
 
@@ -45,7 +45,7 @@ class Bucket:
         # Matrices first: weight decay then applies to one range of every shard.
         named = sorted(named, key=lambda item: item[1].ndim < 2)
         self.group = group
-        self.replicas = 1 if group is None else len(members_of(group))
+        self.replicas = 1 if group is None else size_of(group)
         position = 0 if group is None else position_in(group)
         self.segments: list[Segment] = []
         used = 0

@@ -35,6 +35,10 @@ def members_of(group: Group) -> list[int]:
     return group.members if isinstance(group, SharedGroup) else dist.get_process_group_ranks(group)
 
 
+def size_of(group: Group) -> int:
+    return len(group.members) if isinstance(group, SharedGroup) else dist.get_world_size(group)
+
+
 def position_in(group: Group) -> int:
     """Of this rank."""
     return group.position if isinstance(group, SharedGroup) else dist.get_rank(group)
@@ -75,7 +79,7 @@ def _split(rows: Rows, sizes: list[int]) -> list[Rows]:
 def all_gather(own: Tensor, whole: Tensor, group: Group) -> Transfer[None]:
     """``whole``, contiguous, gets every member's ``own``, one after the other; ``own`` may be its place there."""
     if not isinstance(group, SharedGroup):
-        return _transfer(_all_gather(whole, own.clone(), group=group, async_op=True), lambda: None)
+        return _transfer(_all_gather(whole.view(-1), own.reshape(-1).clone(), group=group, async_op=True), lambda: None)
     parts = [part.view_as(own) for part in whole.view(-1).chunk(len(group.members))]
     group.send([[Rows(own)]] * len(parts))
     finish = group.receive([[part] for part in parts])

@@ -89,6 +89,11 @@ class SharedMemory:
         """Whether these ranks reach each other: every rank of the world has the same answer."""
         return len({self._places[rank] for rank in ranks}) == 1
 
+    def begun(self) -> None:
+        """Wait until every rank has begun its lanes: who leaves after that is not missed by one that begins them.
+        Collective over the world."""
+        dist.barrier()
+
     def outbox(self, peer: int, name: str) -> "Outbox":
         """The beginning of the lane ``name`` to ``peer``. Waits for nobody."""
         connection = self._timed(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
@@ -139,7 +144,7 @@ class Outbox:
         self._connection, self.peer = connection, peer
         self._file = os.memfd_create("dualpipe-lane", os.MFD_CLOEXEC)
         os.ftruncate(self._file, RESERVED_BYTES)
-        self._memory: Tensor | None = None
+        self._memory: mmap.mmap | None = None
         self._buffers: dict[int, _Buffer] = {}
         self._end = 0
         socket.send_fds(connection, [hello], [self._file])
@@ -153,10 +158,9 @@ class Outbox:
         places, size = _placed([(rows.shape, rows.tensor.dtype) for rows in columns])
         buffer = self._free_buffer(size)
         for rows, place in zip(columns, places, strict=True):
-            if rows.tensor.numel() and rows.shape[0]:
+            if prod(rows.shape):
                 assert self._memory is not None
-                content = self._memory[buffer.start + place.start : buffer.start + place.stop]
-                rows.write(content.view(rows.tensor.dtype).view(rows.shape))
+                rows.write(_tensor(self._memory, buffer.start + place, rows.shape, rows.tensor.dtype))
         header = HEADER.pack(buffer.start, size, buffer.start + buffer.size, time.perf_counter())
         try:
             self._connection.sendall(header)
@@ -174,7 +178,7 @@ class Outbox:
             return min(fitting, key=lambda buffer: buffer.size)
         buffer = _Buffer(self._end, 1 << (max(size, LEAST_BYTES) - 1).bit_length())
         self._end += buffer.size
-        self._memory = _mapped(self._file, self._end)
+        self._memory = mmap.mmap(self._file, self._end)
         self._buffers[buffer.start] = buffer
         return buffer
 
@@ -186,7 +190,7 @@ class Inbox:
         self._lanes, self.peer, self._name = memory, peer, name
         self._connection: socket.socket | None = None
         self._file = -1
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory: mmap.mmap | None = None
         self._posted: deque[Arrival] = deque()
         self._reading = threading.Lock()
 
@@ -216,11 +220,11 @@ class Inbox:
         start, size, end, sent_at = self._header(self._connection)
         if size != expected:
             raise _broken(self.peer, f"it sent {size} bytes where {expected} were to come")
-        if size and end > len(self._memory):
-            self._memory = _mapped(self._file, end)
+        if self._memory is None or end > len(self._memory):
+            self._memory = mmap.mmap(self._file, end)
         for into, place in zip(columns, places, strict=True):
             if into.numel():
-                content = self._memory[start + place.start : start + place.stop].view(into.dtype).view(into.shape)
+                content = _tensor(self._memory, start + place, into.shape, into.dtype)
                 into.add_(content) if add else into.copy_(content)
         with suppress(OSError):  # whoever is gone needs no buffer
             self._connection.send(OFFSET.pack(start))
@@ -277,14 +281,18 @@ class SharedGroup:
         return finish
 
 
-def _placed(columns: Sequence[tuple[Sequence[int], torch.dtype]]) -> tuple[list[slice], int]:
-    """Where each column stands in a message, and the bytes of them all."""
+def _placed(columns: Sequence[tuple[Sequence[int], torch.dtype]]) -> tuple[list[int], int]:
+    """Where each column begins in a message, and the bytes of them all."""
     places, at = [], 0
     for shape, dtype in columns:
-        size = prod(shape) * dtype.itemsize
-        places.append(slice(at, at + size))
-        at += -(-size // ALIGNMENT) * ALIGNMENT
+        places.append(at)
+        at += -(-prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
     return places, at
+
+
+def _tensor(memory: mmap.mmap, start: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The tensor that lies in ``memory`` from byte ``start`` on."""
+    return torch.frombuffer(memory, dtype=dtype, count=prod(shape), offset=start).view(shape)
 
 
 def _host() -> str:
@@ -292,10 +300,6 @@ def _host() -> str:
     namespace."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/net')}"
-
-
-def _mapped(file: int, size: int) -> Tensor:
-    return torch.frombuffer(mmap.mmap(file, size), dtype=torch.uint8)
 
 
 def _timed_out(peer: int, seconds: float) -> RuntimeError:

@@ -74,7 +74,7 @@ class Case:
     def job(self) -> Job:
         return Job(
             model=replace(MODEL, recompute=self.recompute),
-            layout=self.layout,
+            layout=replace(self.layout, ranks_per_node=1),  # a plan's messages lie in the ranks' own memory
             schedule=self.schedule,
             dtype=torch.float32 if self.precision == "fp32" else torch.bfloat16,
             device=torch.device("cpu"),
