@@ -85,6 +85,12 @@ class SharedMemory:
         self._arrived: dict[tuple[int, str], tuple[socket.socket, int]] = {}
         self._accepting = threading.Lock()
 
+    def __del__(self) -> None:
+        self._listener.close()
+        for connection, file in self._arrived.values():
+            connection.close()
+            os.close(file)
+
     def joins(self, ranks: Sequence[int]) -> bool:
         """Whether these ranks reach each other: every rank of the world has the same answer."""
         return len({self._places[rank] for rank in ranks}) == 1
@@ -150,6 +156,7 @@ class Outbox:
         socket.send_fds(connection, [hello], [self._file])
 
     def __del__(self) -> None:
+        self._connection.close()
         os.close(self._file)
 
     @torch.no_grad()
@@ -195,7 +202,8 @@ class Inbox:
         self._reading = threading.Lock()
 
     def __del__(self) -> None:
-        if self._file >= 0:
+        if self._connection is not None:
+            self._connection.close()
             os.close(self._file)
 
     def post(self, columns: Sequence[Tensor], add: bool = False) -> "Arrival":
@@ -283,11 +291,11 @@ class SharedGroup:
 
 def _placed(columns: Sequence[tuple[Sequence[int], torch.dtype]]) -> tuple[list[int], int]:
     """Where each column begins in a message, and the bytes of them all."""
-    places, at = [], 0
+    places, end = [], 0
     for shape, dtype in columns:
-        places.append(at)
-        at += -(-prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-    return places, at
+        places.append(-(-end // ALIGNMENT) * ALIGNMENT)
+        end = places[-1] + prod(shape) * dtype.itemsize
+    return places, end
 
 
 def _tensor(memory: mmap.mmap, start: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
