@@ -14,12 +14,14 @@ Linux only (memfd, abstract socket names). Of a network namespace of its own, a 
 
 import mmap
 import os
+import resource
 import secrets
 import socket
 import struct
+import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from parallel.mesh import Layout
 
 HEADER = struct.Struct("=qqqd")
 """Of a message: where its buffer begins, its bytes, the bytes of memory up to its end, when it left."""
@@ -73,6 +77,9 @@ class SharedMemory:
 
     def __init__(self, nodes: Sequence[Hashable], timeout: timedelta) -> None:
         self._rank, self.timeout_s = dist.get_rank(), timeout.total_seconds()
+        self._lanes: Counter[tuple[str, int, str]] = Counter()
+        self._arrived: dict[tuple[int, str], tuple[socket.socket, int]] = {}
+        self._accepting = threading.Lock()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         name = f"\0dualpipe-{secrets.token_hex(16)}"
         self._listener.bind(name)
@@ -82,8 +89,6 @@ class SharedMemory:
         dist.all_gather_object(everyone, (_host(), name))
         self._places = [(host, node) for (host, _), node in zip(everyone, nodes, strict=True)]
         self._names = [name for _, name in everyone]
-        self._arrived: dict[tuple[int, str], tuple[socket.socket, int]] = {}
-        self._accepting = threading.Lock()
 
     def __del__(self) -> None:
         self._listener.close()
@@ -101,17 +106,22 @@ class SharedMemory:
         dist.barrier()
 
     def outbox(self, peer: int, name: str) -> "Outbox":
-        """The beginning of the lane ``name`` to ``peer``. Waits for nobody."""
+        """The beginning of a lane to ``peer``, where its end has the same ``name``; of several with one name, the first
+        belongs to the first. Waits for nobody."""
         connection = self._timed(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         try:
             connection.connect(self._names[peer])
         except OSError as error:
             raise _broken(peer, error) from None
-        return Outbox(connection, peer, HELLO.pack(self._rank, name.encode()))
+        return Outbox(connection, peer, HELLO.pack(self._rank, self._numbered("to", peer, name).encode()))
 
     def inbox(self, peer: int, name: str) -> "Inbox":
-        """The end of the lane ``name`` from ``peer``, who is waited for when something is."""
-        return Inbox(self, peer, name)
+        """The end of a lane from ``peer``, who is waited for when something is."""
+        return Inbox(self, peer, self._numbered("from", peer, name))
+
+    def _numbered(self, way: str, peer: int, name: str) -> str:
+        self._lanes[way, peer, name] += 1
+        return f"{name} {self._lanes[way, peer, name]}"
 
     def accept(self, peer: int, name: str) -> tuple[socket.socket, int]:
         """The connection of a lane and the file descriptor of its memory, once ``peer`` has begun it."""
@@ -136,6 +146,14 @@ class SharedMemory:
         return connection
 
 
+def shared_memory(layout: Layout, device: torch.device, timeout: timedelta) -> SharedMemory | None:
+    """What the ranks of a layout share where processors compute, None on a GPU or in a process alone. Ranks of two
+    nodes share nothing, even where one host plays both. Collective."""
+    if device.type != "cpu" or not dist.is_initialized() or not sys.platform.startswith("linux"):
+        return None
+    return SharedMemory([layout.node(rank) for rank in range(layout.world_size)], timeout)
+
+
 @dataclass
 class _Buffer:
     start: int
@@ -148,11 +166,12 @@ class Outbox:
 
     def __init__(self, connection: socket.socket, peer: int, hello: bytes) -> None:
         self._connection, self.peer = connection, peer
-        self._file = os.memfd_create("dualpipe-lane", os.MFD_CLOEXEC)
-        os.ftruncate(self._file, RESERVED_BYTES)
         self._memory: mmap.mmap | None = None
         self._buffers: dict[int, _Buffer] = {}
         self._end = 0
+        self._most = _largest_file()
+        self._file = os.memfd_create("dualpipe-lane", os.MFD_CLOEXEC)
+        os.ftruncate(self._file, self._most)
         socket.send_fds(connection, [hello], [self._file])
 
     def __del__(self) -> None:
@@ -185,6 +204,8 @@ class Outbox:
             return min(fitting, key=lambda buffer: buffer.size)
         buffer = _Buffer(self._end, 1 << (max(size, LEAST_BYTES) - 1).bit_length())
         self._end += buffer.size
+        if self._end > self._most:
+            raise RuntimeError(f"shared memory of {self._end} bytes is more than ulimit -f allows: {self._most}")
         self._memory = mmap.mmap(self._file, self._end)
         self._buffers[buffer.start] = buffer
         return buffer
@@ -287,6 +308,11 @@ class SharedGroup:
             return max(arrival.sent_at for arrival in posted)
 
         return finish
+
+
+def _largest_file() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return RESERVED_BYTES if soft == resource.RLIM_INFINITY else min(soft, RESERVED_BYTES)
 
 
 def _placed(columns: Sequence[tuple[Sequence[int], torch.dtype]]) -> tuple[list[int], int]:

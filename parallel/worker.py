@@ -1,10 +1,8 @@
 """One rank of a training job: builds its stages, groups and optimizer, and runs steps."""
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import cast
 
 import torch
@@ -40,7 +38,7 @@ from parallel.mesh import Layout
 from parallel.optimizer import AdamW
 from parallel.optimizer_config import OptimizerConfig
 from parallel.partition import partition
-from parallel.shared_memory import SharedMemory
+from parallel.shared_memory import shared_memory
 from parallel.stage import ModelStage, StepScale
 from parallel.step_end import HeldStage, Refusal, ShardOptimizer, StepEnd
 from parallel.transport import PipelineTransport, channel_groups, channels, lanes_of
@@ -368,14 +366,6 @@ class Worker:
             self._deepep_buffer = make_buffer(group, job.model, tokens, job.fp8_payload, job.timeout_seconds)
         mine = self.traffic, self.stream, job.fp8_payload, self.activity, job.device
         return DeepEPExchange(self._deepep_buffer, job.layout, self.rank, experts, *mine)
-
-
-def shared_memory(layout: Layout, device: torch.device, timeout: timedelta) -> SharedMemory | None:
-    """What the ranks of a node may share where processors compute; a node of its own is a host of its own, even where
-    one host plays several. Collective."""
-    if device.type != "cpu" or not dist.is_initialized() or not sys.platform.startswith("linux"):
-        return None
-    return SharedMemory([layout.node(rank) for rank in range(layout.world_size)], timeout)
 
 
 def alike(layout: Layout, program: Program) -> list[list[int]]:

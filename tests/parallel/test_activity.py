@@ -16,10 +16,12 @@ import torch.distributed as dist
 from dualpipe.program import Kind, Message, Work
 from parallel.activity import COMPUTING, Activity, Blame, LostPeer, collective_timeout, judge
 from parallel.bucket import Bucket
+from parallel.collectives import Group
 from parallel.exchange import GroupExchange
 from parallel.hop import Hop
 from parallel.mesh import Layout
-from parallel.transport import PipelineTransport
+from parallel.shared_memory import SharedGroup, SharedMemory
+from parallel.transport import PipelineTransport, lanes_of
 from tests.ranks import run_ranks
 
 TIMEOUT_S = 4.0
@@ -82,10 +84,12 @@ def test_who_is_told_to_end_repeats_what_another_has_found_meanwhile() -> None:
 
 @dataclass(frozen=True)
 class Scenario:
-    """Three ranks, of which the last one, in the middle of ``operation``, is ``how``."""
+    """Three ranks, of which the last one, in the middle of ``operation``, is ``how``. ``shares``: whether they share
+    memory."""
 
     operation: str
     how: str
+    shares: bool = False
 
 
 SCENARIOS = [
@@ -94,22 +98,30 @@ SCENARIOS = [
     Scenario("dispatch", "dead"),
     Scenario("message", "stopped"),
     Scenario("gradient reduction", "dead"),
+    Scenario("dispatch", "dead", shares=True),
+    Scenario("message", "stopped", shares=True),
+    Scenario("gradient reduction", "slow", shares=True),
 ]
 VICTIMS = [3 * number + 2 for number in range(len(SCENARIOS))]
 
 
-def operate(operation: str, ranks: list[int], activity: Activity) -> Callable[[], object]:
-    """What takes all of the ranks, to be done again and again."""
-    group = dist.new_group(ranks, timeout=collective_timeout(TIMEOUT_S), use_local_synchronization=True)
-    match operation:
+def operate(scenario: Scenario, ranks: list[int], activity: Activity) -> Callable[[], object]:
+    """What takes all of the ranks, to be done again and again. Collective over the world."""
+    world, timeout = dist.get_world_size(), collective_timeout(TIMEOUT_S)
+    memory = SharedMemory([rank // 3 for rank in range(world)], timeout)
+    made = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
+    group: Group = SharedGroup(memory, ranks) if scenario.shares else made
+    match scenario.operation:
         case "dispatch":
             exchange = GroupExchange(group, 1, [Hop(group, [False] * 3)], activity=activity)
             every = torch.arange(3).expand(2, 3)
             return lambda: exchange.dispatch(torch.ones(2, 4), torch.ones(2, 3), every).wait()
         case "message":
-            groups = {(0, (ranks[at - 1], ranks[at], Kind.ACTIVATION)): group for at in range(3)}
-            layout, like = Layout(pipeline=dist.get_world_size()), torch.ones(3)
-            transport = PipelineTransport(layout, dist.get_rank(), like, groups, activity)
+            used = [(ranks[at - 1], ranks[at], Kind.ACTIVATION) for at in range(3)]
+            groups = {(0, channel): made for channel in used}
+            layout, like = Layout(pipeline=world), torch.ones(3)
+            lanes = lanes_of(memory, layout, dist.get_rank(), used) if scenario.shares else None
+            transport = PipelineTransport(layout, dist.get_rank(), like, groups, activity, lanes)
             return lambda: pass_on(transport, ranks)
         case "gradient reduction":
             bucket = Bucket([("w", torch.nn.Parameter(torch.ones(4)), 0, 4)], group, torch.float32)
@@ -121,7 +133,7 @@ def operate(operation: str, ranks: list[int], activity: Activity) -> Callable[[]
 
             return reduce
         case _:
-            raise AssertionError(operation)
+            raise AssertionError(scenario)
 
 
 def pass_on(transport: PipelineTransport, ranks: list[int]) -> None:
@@ -141,7 +153,8 @@ def take_part(rank: int, folder: Path) -> tuple[str, float, float]:
     store = dist.PrefixStore(str(rank // 3), dist.FileStore(str(folder / "activity"), dist.get_world_size()))
     activity = Activity(rank, ranks, store, TIMEOUT_S)
     activity.computes("F2.5")
-    operation = operate(scenario.operation, ranks, activity)
+    operation = operate(scenario, ranks, activity)
+    dist.barrier()
     operation()
     dist.barrier()
     if rank == ranks[-1]:
@@ -155,6 +168,7 @@ def take_part(rank: int, folder: Path) -> tuple[str, float, float]:
     start = time.monotonic()
     try:
         operation()
+        operation()  # through shared memory a message leaves, whoever is there; the next one will not come
     except LostPeer as error:
         return f"{error}", time.monotonic() - start, TIMEOUT_S
     raise AssertionError("nobody was missed")

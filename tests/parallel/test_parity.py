@@ -156,6 +156,11 @@ def test_parity(pipeline: int, data: int, expert: int) -> None:
     parity(JOB, Layout(pipeline, data, expert))
 
 
+def test_parity_of_several_nodes() -> None:
+    """Experts over memory that two ranks of a node share, messages and reductions between the nodes."""
+    parity(JOB, Layout(4, 2, 2, ranks_per_node=2))
+
+
 @pytest.mark.parametrize("ranks_per_node", [1, 2, 4])
 def test_parity_of_hierarchical_dispatch(ranks_per_node: int) -> None:
     parity(replace(JOB, dispatch="hierarchical", global_batch_size=8), Layout(1, 4, 4, ranks_per_node))

@@ -1,6 +1,7 @@
 """Pipeline messages: every channel delivers in order, whatever the others do and however early receives are posted."""
 
 import random
+from datetime import timedelta
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from dualpipe.program import Kind, Message, Send, Work
 from dualpipe.schedules.dualpipe import dualpipe
 from dualpipe.schedules.forward import forward_only
 from parallel.mesh import Layout
-from parallel.transport import PipelineTransport, channels
+from parallel.shared_memory import SharedMemory
+from parallel.transport import Lanes, PipelineTransport, channels, lanes_of
 from tests.ranks import run_ranks
 
 LAYOUT = Layout(2, 2)
@@ -29,11 +31,11 @@ def content(message: Message, source: int) -> torch.Tensor:
     return (torch.arange(6.0).view(3, 2) + 10000 * value).t()
 
 
-def exchange(rank: int, seed: int) -> tuple[list[bool], int]:
+def exchange(rank: int, seed: int, lanes: Lanes) -> tuple[list[bool], int]:
     """Both positions of a pipeline send to each other on both channels; their orders, and how early the receives are
     posted, are drawn. For every message in the order of waiting: whether it is the right one."""
     draw = random.Random(f"{seed}:{rank}")
-    transport = PipelineTransport(LAYOUT, rank, torch.empty(2, 3))
+    transport = PipelineTransport(LAYOUT, rank, torch.empty(2, 3), lanes=lanes)
     peer = 1 - LAYOUT.pipeline_index(rank)
     peer_rank = LAYOUT.rank(peer, LAYOUT.data_index(rank))
     window = {kind: draw.randint(1, EACH) for kind in Kind}
@@ -70,7 +72,13 @@ def exchange(rank: int, seed: int) -> tuple[list[bool], int]:
 
 
 def many(rank: int) -> list[tuple[list[bool], int]]:
-    return [exchange(rank, seed) for seed in range(25)]
+    """By sockets, then by shared memory."""
+    used = [(source, 1 - source, kind) for source in range(2) for kind in Kind]
+    memory = SharedMemory([0] * LAYOUT.world_size, timedelta(seconds=60))
+    lanes = lanes_of(memory, LAYOUT, rank, used)
+    assert len(lanes.out) == len(lanes.into) == len(Kind)
+    memory.begun()
+    return [exchange(rank, seed, way) for way in (Lanes(), lanes) for seed in range(25)]
 
 
 def test_every_channel_is_a_fifo_of_its_own() -> None:

@@ -10,8 +10,11 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from parallel.collectives import Group, all_gather, reduce_scatter
 from parallel.estimate.calibrate.clock import Clock
+from parallel.shared_memory import Inbox, Outbox, Rows, SharedMemory
 
 SMALL_BYTES, LARGE_BYTES = 256, 1 << 22
 SLOW = 1.5
@@ -26,16 +29,38 @@ class Link:
     bytes_per_s: float
 
 
-def ring(distance: int, device: torch.device, clock: Clock, size: int, repeats: int) -> tuple[float, float]:
-    """(the clock's seconds, wall seconds) of sending ``size`` bytes ``distance`` ranks on while receiving as many."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    there, here = (rank + distance) % world, (rank - distance) % world
-    leaving, arriving = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+class Ring:
+    """Messages to the rank ``distance`` further on, the way the runtime sends them; ``memory``: what ranks share."""
 
-    def once() -> None:
-        ways = [dist.P2POp(dist.isend, leaving, there), dist.P2POp(dist.irecv, arriving, here)]
+    def __init__(self, distance: int, device: torch.device, memory: SharedMemory | None) -> None:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        self.device, self._there, self._here = device, (rank + distance) % world, (rank - distance) % world
+        self._lanes: tuple[Outbox, Inbox] | None = None
+        # All or none: a rank whose own way is shared would not come to the others' messages.
+        pairs = [(one, (one + distance) % world) for one in range(world)]
+        if memory is not None:
+            if all(memory.joins(pair) for pair in pairs):
+                name = f"ring {distance}"
+                self._lanes = memory.outbox(self._there, name), memory.inbox(self._here, name)
+            memory.begun()
+
+    def pass_on(self, leaving: Tensor, arriving: Tensor) -> None:
+        if self._lanes is not None:
+            outbox, inbox = self._lanes
+            outbox.send([Rows(leaving)])
+            inbox.post([arriving]).wait()
+            return
+        ways = [dist.P2POp(dist.isend, leaving, self._there), dist.P2POp(dist.irecv, arriving, self._here)]
         for work in dist.batch_isend_irecv(ways):
             work.wait()
+
+
+def ring_seconds(ring: Ring, clock: Clock, size: int, repeats: int) -> tuple[float, float]:
+    """(the clock's seconds, wall seconds) of sending ``size`` bytes on while receiving as many."""
+    leaving, arriving = (torch.zeros(size, dtype=torch.uint8, device=ring.device) for _ in range(2))
+
+    def once() -> None:
+        ring.pass_on(leaving, arriving)
 
     once()
     dist.barrier()
@@ -45,10 +70,10 @@ def ring(distance: int, device: torch.device, clock: Clock, size: int, repeats: 
     return (clock.now() - start) / repeats, (time.perf_counter() - wall) / repeats
 
 
-def link(distance: int, device: torch.device, clock: Clock) -> tuple[float, float, float]:
+def link(ring: Ring, clock: Clock) -> tuple[float, float, float]:
     """(the clock's seconds of a small message and of a large one, wall seconds of a large one)."""
-    small, _ = ring(distance, device, clock, SMALL_BYTES, 50)
-    large, wall = ring(distance, device, clock, LARGE_BYTES, 5)
+    small, _ = ring_seconds(ring, clock, SMALL_BYTES, 50)
+    large, wall = ring_seconds(ring, clock, LARGE_BYTES, 5)
     return small, large, wall
 
 
@@ -57,15 +82,15 @@ def fitted(small: float, large: float) -> Link:
     return Link(small, (LARGE_BYTES - SMALL_BYTES) / max(large - small, 1e-9))
 
 
-def reduction_seconds(device: torch.device, clock: Clock) -> float:
+def reduction_seconds(group: Group, device: torch.device, clock: Clock) -> float:
     """Of summing so many bytes over the world and gathering them again, as ``parallel/bucket.py`` does."""
-    world = dist.get_world_size()
-    gradients = torch.zeros(LARGE_BYTES // 4, device=device)
-    parts = [torch.zeros(LARGE_BYTES // 4 // world, device=device) for _ in range(world)]
+    world, rank = dist.get_world_size(), dist.get_rank()
+    each = LARGE_BYTES // 4 // world
+    gradients = torch.zeros(world * each, device=device)
 
     def once() -> None:
-        dist.all_reduce(gradients)
-        dist.all_gather(parts, parts[0].clone())
+        reduce_scatter(gradients, group).wait()
+        all_gather(gradients[rank * each : (rank + 1) * each], gradients, group).wait()
 
     once()
     dist.barrier()

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from statistics import median
 from typing import Any
 
@@ -27,8 +28,10 @@ from parallel.exchange import GroupExchange
 from parallel.groups import Groups
 from parallel.hop import Hop
 from parallel.mesh import Layout
+from parallel.shared_memory import SharedMemory, shared_memory
 
 ROUNDS = 3
+TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass
@@ -61,7 +64,8 @@ def measure(
     clock, world = Clock(device), dist.get_world_size() if dist.is_initialized() else 1
     half = replace(workload, sequence_length=max(workload.sequence_length // 2, 1))
     probes = {each.tokens: LayerProbe(each, device) for each in (workload, half)}
-    apart = _exchanging(workload, device) if world > 1 else None
+    memory = shared_memory(Layout(data=world, ranks_per_node=local_world), device, TIMEOUT)
+    apart = _exchanging(workload, device, memory) if world > 1 else None
     measurements: dict[str, Callable[[], Any]] = {
         "products": lambda: {p: product_seconds(p, device, clock) for p in measured_products(workload, base)},
         "core": lambda: core_seconds(workload, device, clock),
@@ -94,18 +98,20 @@ def measure(
         if device.type == "cpu" and local_world > len(own_cores()):
             measured.idle = idle
     if world > 1:
-        _messages(measured, device, clock, local_world)
+        _messages(measured, device, clock, local_world, memory)
         measured.alone = _alone(probes[workload.tokens], measured.phases[workload.tokens], clock)
     return measured
 
 
-def _exchanging(workload: Workload, device: torch.device) -> LayerProbe | None:
+def _exchanging(workload: Workload, device: torch.device, memory: SharedMemory | None) -> LayerProbe | None:
     """Layers whose experts are spread over the layout's expert group; None where a rank has them all."""
     layout = workload.layout
     world = dist.get_world_size()
     if layout.expert == 1 or world % layout.expert:
         return None
-    groups = Groups(Layout(pipeline=1, data=world, expert=layout.expert), [])
+    groups = Groups(Layout(pipeline=1, data=world, expert=layout.expert), [], memory=memory)
+    if memory is not None:
+        memory.begun()
     rank, each = dist.get_rank(), workload.model.n_routed_experts // layout.expert
     first = rank % layout.expert * each
     members = range(rank - rank % layout.expert, rank - rank % layout.expert + layout.expert)
@@ -127,15 +133,21 @@ def _added(exchanging: Mapping[Part, float], local: Mapping[Part, float]) -> tup
     return forward, backward
 
 
-def _messages(measured: Measured, device: torch.device, clock: Clock, local_world: int) -> None:
+def _messages(
+    measured: Measured, device: torch.device, clock: Clock, local_world: int, memory: SharedMemory | None
+) -> None:
     world = dist.get_world_size()
     for distance in {1, local_world} if local_world < world else {1}:
         each: list[Any] = [None] * world
-        dist.all_gather_object(each, links.link(distance, device, clock))
+        dist.all_gather_object(each, links.link(links.Ring(distance, device, memory), clock))
         measured.links[distance] = tuple(median(column) for column in zip(*each, strict=True))
         measured.slow[f"messages {distance} ranks on"] = links.slow_ranks([wall for _, _, wall in each])
+    group = Groups(Layout(data=world), [range(1)], memory=memory).of(range(world))
+    assert group is not None
+    if memory is not None:
+        memory.begun()
     sums: list[Any] = [None] * world
-    dist.all_gather_object(sums, links.reduction_seconds(device, clock))
+    dist.all_gather_object(sums, links.reduction_seconds(group, device, clock))
     measured.reduction = median(sums)
 
 
