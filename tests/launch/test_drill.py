@@ -356,6 +356,8 @@ def test_shared_memory_that_outlives_all_processes_is_found_and_removed(
             assert owner.stdout is not None and owner.stdout.readline() == b"\n"
             (segment,) = segments_of(owner.pid)
             mine._note_segments()
+            (tracker,) = psutil.Process(owner.pid).children()
+            tracker.suspend()  # or it may remove the segment before it is killed itself
             assert f"segment {segment.name}" in mine.leftovers() and not segment.exists()
         assert mine.leftovers() == [] and segments_of(owner.pid) == set()
 
