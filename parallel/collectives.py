@@ -88,7 +88,11 @@ def all_gather(own: Tensor, whole: Tensor, group: Group) -> Transfer[None]:
 
 
 def reduce_scatter(whole: Tensor, group: Group) -> Transfer[None]:
-    """The own part of ``whole`` gets the sum of all members'. What becomes of the other parts is left open."""
+    """The own part of ``whole`` gets the sum of all members'. What becomes of the other parts is left open.
+
+    On processors others' parts are added in the order of the members, whatever brought them: ranks of one host and the
+    same ranks on several get the same bits. NCCL has orders of its own.
+    """
     if isinstance(group, SharedGroup):
         parts = [[part] for part in whole.chunk(len(group.members))]
         group.send([[Rows(part)] for (part,) in parts])
@@ -97,8 +101,16 @@ def reduce_scatter(whole: Tensor, group: Group) -> Transfer[None]:
     if whole.is_cuda:
         own_part = whole.chunk(dist.get_world_size(group))[dist.get_rank(group)]
         return _transfer(_reduce_scatter(own_part, whole, group=group, async_op=True), lambda: None)
-    # On gloo this beats its reduce_scatter.
-    return _transfer(dist.all_reduce(whole, group=group, async_op=True), lambda: None)
+    arrived, me = torch.empty_like(whole), dist.get_rank(group)
+    work = dist.all_to_all_single(arrived, whole, group=group, async_op=True)
+
+    def add() -> None:
+        parts = arrived.chunk(dist.get_world_size(group))
+        own = whole.chunk(len(parts))[me]
+        for part in (*parts[:me], *parts[me + 1 :]):
+            own.add_(part)
+
+    return _transfer(work, add)
 
 
 def all_reduce(values: Tensor, group: Group) -> Transfer[None]:

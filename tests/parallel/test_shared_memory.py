@@ -123,10 +123,10 @@ def gathered(draw: random.Random, rank: int, group: Group) -> list[Tensor]:
 
 
 def scattered(draw: random.Random, rank: int, group: Group) -> list[Tensor]:
+    """Of numbers whose sum depends on its order."""
     size = draw.choice([1, 64, 5000])
-    whole = drawn(random.Random(f"{size} {rank}"), WORLD * size, 1, torch.float32).view(-1)
-    transfer = reduce_scatter(whole, group)
-    transfer.wait()
+    whole = torch.randn(WORLD * size, generator=torch.Generator().manual_seed(draw.randrange(1000) + rank))
+    reduce_scatter(whole, group).wait()
     return [whole[rank * size : (rank + 1) * size]]
 
 

@@ -10,7 +10,7 @@ import torch
 from benchmarks.measure import Alive
 from dualpipe.program import Slot
 from model.config import ModelConfig, Recompute
-from parallel.estimate.memory import activation_bytes, deferred_bytes, rank_memory, stage_parameters
+from parallel.estimate.memory import activation_bytes, deferred_bytes, message_bytes, rank_memory, stage_parameters
 from parallel.estimate.operations import Operations
 from parallel.estimate.peak import Placement
 from parallel.estimate.stages import stage_layers
@@ -74,7 +74,7 @@ class Case:
     def job(self) -> Job:
         return Job(
             model=replace(MODEL, recompute=self.recompute),
-            layout=replace(self.layout, ranks_per_node=1),  # a plan's messages lie in the ranks' own memory
+            layout=self.layout,
             schedule=self.schedule,
             dtype=torch.float32 if self.precision == "fp32" else torch.bfloat16,
             device=torch.device("cpu"),
@@ -128,7 +128,8 @@ def predicted(case: Case, position: int) -> float:
         core = w.tokens * MODEL.num_attention_heads * MODEL.v_head_dim * 2.0
         stages = [size + core * len(layers[stage]) for stage, size in enumerate(stages)]
     held = max(behind for _, behind in held_bytes(program, position, stages, deferred_bytes(w, layers)))
-    return state + memory.buffers + held
+    being_sent = 4 * message_bytes(w)  # one in each channel; here that is memory shared with the peer, and no tensor
+    return state + memory.buffers - being_sent + held
 
 
 def test_ranks_hold_what_is_predicted() -> None:
