@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from parallel import manifest
 from parallel.activity import collective_timeout
-from parallel.checkpoint import Progress, pieces, published
+from parallel.checkpoint import CheckpointError, Progress, pieces, published
 from parallel.publish import Publisher
 from parallel.shard_file import ShardFile, index
 from parallel.snapshot import Snapshot
@@ -72,12 +72,16 @@ class Saver:
             self._copied.wait()
 
     def is_over(self) -> bool:
-        """Whether the save is over on every rank."""
-        over = torch.tensor(int(self._thread is None or not self._thread.is_alive()))
-        if dist.is_initialized():
-            with self._activity.waiting("agreement on the checkpoint", self._activity.ranks):
-                dist.all_reduce(over, dist.ReduceOp.MIN)
-        return bool(over)
+        """Whether the save is over on every rank. Raises what ended it on this rank alone, as a lost peer does: the
+        others may still be in it, and come here only when this rank is gone."""
+        over = self._thread is None or not self._thread.is_alive()
+        with self._activity.waiting("agreement on the checkpoint", self._activity.ranks):
+            if over and isinstance(self._outcome, Exception) and not isinstance(self._outcome, CheckpointError):
+                raise self._outcome
+            everywhere = torch.tensor(int(over))
+            if dist.is_initialized():
+                dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+        return bool(everywhere)
 
     def finish(self) -> Path:
         """Wait for the save -> the checkpoint. Raises CheckpointError on every rank when any of them could not write;

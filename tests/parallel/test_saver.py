@@ -24,7 +24,9 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from parallel import manifest
+from parallel.activity import LostPeer
 from parallel.checkpoint import INDEX, CheckpointError, Progress, damage, load, published
+from parallel.publish import Publisher
 from parallel.saver import Saver, save
 from parallel.shard_file import ShardFile, index
 from parallel.snapshot import Piece, Snapshot
@@ -106,6 +108,25 @@ def test_who_waits_for_a_save_is_not_computing(tmp_path: Path) -> None:
     with operations_at(worker.activity, threading.Thread, "join") as finishing:
         saver.finish()
     assert asking == {"agreement on the checkpoint"} and finishing == {"checkpoint"}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_peer_lost_in_a_save_is_raised_before_the_others_are_asked(tmp_path: Path, asynchronous: bool) -> None:
+    """They may still wait in the save for this rank, which is no end that all agree on, as a full disk is."""
+    saver = Saver(tmp_path, alone(), keep=1, asynchronous=asynchronous)
+    with patch.object(Publisher, "publish", side_effect=RuntimeError("Connection closed by peer")):
+        saver.begin(Progress(0, 0))
+        if saver._thread is not None:
+            saver._thread.join()
+    with (
+        patch.multiple(dist, is_initialized=lambda: True, all_reduce=MagicMock()),
+        pytest.raises(LostPeer, match="agreement on the checkpoint"),
+    ):
+        saver.is_over()
+    with patch.object(Publisher, "publish", side_effect=CheckpointError("the disk is full")):
+        failing = Saver(tmp_path, alone(), keep=1, asynchronous=False)
+        failing.begin(Progress(0, 0))
+        assert failing.is_over()
 
 
 def test_memory_that_was_pinned_is_unpinned_before_it_goes() -> None:
