@@ -219,7 +219,7 @@ class Trainer:
             result = worker.train_step(
                 tokens,
                 values.learning_rate,
-                self.stop.signal is not None or self._is_regrouping(),
+                lambda: self.stop.signal is not None or self._is_regrouping(),
                 record,
                 sequences=sequences,
                 bias_update_speed=values.bias_update_speed,

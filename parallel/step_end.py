@@ -95,6 +95,8 @@ class StepEnd:
 
     sums: StepSums
     refusal: Refusal | None
+    stop: Callable[[], bool]
+    """Whether this rank wants to stop after the step that is being taken."""
 
     def __init__(
         self,
@@ -117,13 +119,14 @@ class StepEnd:
         self,
         learning_rate: float,
         bias_update_speed: float,
-        stop: bool,
+        stop: Callable[[], bool],
         cross_entropy_limit: float = math.inf,
         compare: bool = False,
     ) -> None:
-        """``cross_entropy_limit``: of the step's sum, above which it is not taken; ``compare``: look for flips."""
+        """``stop``: asked when the sums are taken, whether this rank wants to stop; ``cross_entropy_limit``: of the
+        step's sum, above which it is not taken; ``compare``: look for flips."""
         self._cross_entropy_limit, self._compare = cross_entropy_limit, compare
-        self._learning_rate, self._bias_update_speed, self._stop = learning_rate, bias_update_speed, stop
+        self._learning_rate, self._bias_update_speed, self.stop = learning_rate, bias_update_speed, stop
         self.traffic.clear()
         self.stream.clear()
         self.activity.compute_time.begin()
@@ -220,7 +223,7 @@ class StepEnd:
                 for layer, load_E in held.loads().items():
                     vector[loads + layer] = load_E.max() / load_E.double().mean()
         own, times = self.traffic, self.stream.times()
-        vector[4:7] = vector.new_tensor([self._stop, own.inside_bytes, own.between_bytes])
+        vector[4:7] = vector.new_tensor([self.stop(), own.inside_bytes, own.between_bytes])
         vector[7:10] = vector.new_tensor([times.communication_s, times.exposed_s, flips])
         if dist.is_initialized():
             dist.all_reduce(vector)

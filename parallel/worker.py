@@ -1,7 +1,7 @@
 """One rank of a training job: builds its stages, groups and optimizer, and runs steps."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -175,7 +175,7 @@ class Worker:
         self,
         tokens: Tensor | None,
         learning_rate: float,
-        stop: bool = False,
+        stop: Callable[[], bool] = lambda: False,
         record: bool = False,
         *,
         sequences: int | None = None,
@@ -185,7 +185,8 @@ class Worker:
         compare: bool = False,
     ) -> StepResult:
         """``tokens``: this replica's rows of the global batch, [rows, S+1] int64, or None where ``needs_data`` is
-        false. ``stop``: ask all ranks to stop after this step. ``record``: keep what this rank executes, and when.
+        false. ``stop``: whether this rank asks all to stop after this step; asked as late in the step as all can still
+        agree. ``record``: keep what this rank executes, and when.
         ``sequences`` of the global batch: the job's, unless given; ``bias_update_speed`` and ``mtp_loss_weight``: the
         model's. ``loss_limit``: the cross-entropy above which the step is not taken; ``compare`` copies of parameters
         first."""

@@ -155,7 +155,7 @@ def planned(config: Config, folder: Path, like: RunFolder) -> Evidence:
     """A run that nobody disturbs, and whose user stops it, and goes on with it, to take every step on the layout on
     which the run in the folder ``like`` took it."""
     parts = [list(steps) for _, steps in groupby(layouts(like).items(), key=lambda item: item[1])]
-    stops = tuple(Fault(Action.ASK, 0, part[-1][0] - 1, Point.FORWARD) for part in parts[:-1])  # it stops a step later
+    stops = tuple(Fault(Action.ASK, 0, part[-1][0], Point.FORWARD) for part in parts[:-1])
     with Drive(drilled(config, folder / "run"), Plan(folder / PLAN_FILE, stops)) as drive:
         attempts = []
         for part in parts:

@@ -68,7 +68,7 @@ class Action(enum.Enum):
     SLOW = "slow"
     """From here on the rank computes ``Fault.times`` as long."""
     ASK = "asked to stop"
-    """The rank is asked to stop, by SIGTERM: all stop after the next step."""
+    """The rank is asked to stop, by SIGTERM: all stop after this step."""
     HOLD = "held"
     """The rank waits there until the drill lets it go on, or its launcher asks for a regrouping: what happens meanwhile
     happens before the run is over. Nothing breaks."""

@@ -303,6 +303,8 @@ def _act(action: Action, here: _Here) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_DISK_BYTES, hard))
         case Action.ASK:
             os.kill(os.getpid(), signal.SIGTERM)
+            while not here.worker.end.stop():  # a thread hears it
+                time.sleep(_POLL_SECONDS)
         case Action.READ_ONLY:
             here.checkpoints.chmod(0o555)
             _obey_permissions()

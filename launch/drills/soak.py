@@ -127,8 +127,7 @@ def soak(config: Config, folder: Path, seconds: float, seed: int) -> Soaked:
     faults = draw_faults(random.Random(seed), config.layout.world_size, seconds, step_seconds)
     disturbed = _run(_soaked(config, folder / "soaked", restarts=len(faults)), folder / "soaked", faults, seconds)
     last = len(read_jsonl(disturbed.folder.metrics_file))
-    # Asked in one step, it stops after the next.
-    asked = (Fault(Action.ASK, 0, last - 1, Point.FORWARD),)
+    asked = (Fault(Action.ASK, 0, last, Point.FORWARD),)
     undisturbed = _run(_soaked(config, folder / "undisturbed"), folder / "undisturbed", asked)
     return judge(disturbed, ending(undisturbed.folder, last))
 
