@@ -1,6 +1,7 @@
 """The training loop of one rank: resume, step, measure, validate, checkpoint, and say how it went."""
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -345,10 +346,12 @@ class Trainer:
         try:
             path = self.saver.finish()
         except CheckpointError as error:
+            if self.leads:
+                with contextlib.suppress(OSError):  # a disk that is full may not take this line either
+                    self.folder.events.write("checkpoint failed", step=saving.step, error=str(error))
             if (last and saving == self.progress) or self.config.checkpoint.on_error == "stop":
                 raise
             if self.leads:
-                self.folder.events.write("checkpoint failed", step=saving.step, error=str(error))
                 print(f"{error}; training goes on", file=sys.stderr, flush=True)
             return
         if self.leads:
