@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from parallel.collectives import Group, Transfer, all_gather, members_of, position_in, reduce_scatter, size_of
+from parallel.collectives import Group, Transfer, all_gather, members_of, position_in, reduce_scatter, size_of, zeros
 
 ALIGNMENT = 64
 
@@ -57,8 +57,9 @@ class Bucket:
         device = named[0][1].device
         self.start, self.stop = position * size // self.replicas, (position + 1) * size // self.replicas
         self.decay_stop = sum(s.numel for s in self.segments if s.decayed)
-        self.parameters = torch.zeros(size, dtype=dtype, device=device)
-        self.gradients = torch.zeros(size, device=device)
+        # Others have read both when they come to the sums of the step, which is before anyone writes to them again.
+        self.parameters = zeros(size, dtype, device, group)
+        self.gradients = zeros(size, torch.float32, device, group)
         whole = torch.zeros(size, device=device)
         self.buffers: dict[nn.Parameter, Tensor] = {}
         for segment, (_, parameter, _, _) in zip(self.segments, named, strict=True):

@@ -44,6 +44,14 @@ def position_in(group: Group) -> int:
     return group.position if isinstance(group, SharedGroup) else dist.get_rank(group)
 
 
+def zeros(count: int, dtype: torch.dtype, device: torch.device, group: Group | None) -> Tensor:
+    """What ``reduce_scatter`` sums, or ``all_gather`` fills, over ``group``: memory that its ranks share, if they share
+    any. A rank then reads another's parts where they are, so that nobody may write to them until all have read them."""
+    if isinstance(group, SharedGroup):
+        return group.memory.zeros(count, dtype)
+    return torch.zeros(count, dtype=dtype, device=device)
+
+
 def all_to_all(columns: Sequence[Rows], sent: list[int], received: list[int], group: Group) -> Transfer[Columns]:
     """Rows to each member, one member's after the other's, and so many from each. They travel together: a message costs
     more than its bytes."""

@@ -50,6 +50,7 @@ def refused(rank: int, bf16: bool) -> list[tuple[str, tuple[Flip, ...], bool]]:
         clean = step(worker, 0, compare=True)
         assert clean.refusal is None
         state(worker)
+        dist.barrier()  # all have read each other's shards
         if rank == STRUCK:
             bucket = worker.optimizer.buckets[0]
             where = {
