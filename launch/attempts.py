@@ -1,6 +1,7 @@
 """Attempts at a run: when the ranks of the next one may start, what becomes of one that ended, and who says so."""
 
 import contextlib
+import signal
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from launch.launcher import Failure
 from launch.metrics import read_jsonl
 from launch.nodes.smaller import Share
 from launch.run_folder import RunFolder
+from parallel.checkpoint import step_of
 
 
 class Attempts(Elsewhere, Protocol):
@@ -157,6 +159,23 @@ class Journal:
         with contextlib.suppress(OSError):
             step = steps[-1]["step"] if steps else 0
             self._folder.events.write(event, rank=rank, cause=cause, step=step, **details)
+
+    def note_out_of_time(self, asked: signal.Signals) -> None:
+        """Say and record that ranks were killed ``recovery.grace_seconds`` after signal ``asked``."""
+        grace, newest = self._config.recovery.grace_seconds, self._folder.newest_checkpoint()
+        steps = read_jsonl(self._folder.metrics_file)
+        last, saved = (steps[-1]["step"] if steps else 0), (0 if newest is None else step_of(newest))
+        lost = f"steps {saved + 1} to {last} have no checkpoint" if last > saved else "their step is lost"
+        with contextlib.suppress(OSError):
+            self._folder.events.write(
+                "out of time", seconds=grace, step=last, checkpoint=None if newest is None else str(newest)
+            )
+        print(
+            f"error: ranks were killed that were not done recovery.grace_seconds={grace} after {asked.name}: {lost}; "
+            f"{self._folder.outlook()}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def say_restart(self, cause: str, number: int) -> None:
         recovery = self._config.recovery

@@ -31,7 +31,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from launch import output, train
-from launch.attempts import Alone, Attempts
+from launch.attempts import Alone, Attempts, Journal
 from launch.config import Config, ConfigError
 from launch.fork_server import ForkServer
 from launch.hang import Board, Hang
@@ -40,7 +40,8 @@ from launch.launcher import LOST_SERVER, Failure, Flag, Launcher
 from launch.memory_file import MemoryFile
 from launch.nodes.roster import NodeCount
 from launch.nodes.together import Together
-from launch.stop import ONE_REQUEST_SECONDS, heed_no_more, heeded, say_between_attempts, say_not_begun
+from launch.relay import Relay
+from launch.stop import heed_no_more, heeded, say_between_attempts, say_not_begun
 
 GRACE_SECONDS = 5.0
 """How long ranks may live after the first that ended; those that wait to name a lost peer take 2."""
@@ -61,9 +62,10 @@ def start(config: Config, arguments: argparse.Namespace) -> int:
         _held(config, "replicate_every", Keeper, ranks) as keeper,
         _held(config, "hang_factor", Board, ranks) as board,
     ):
-        asked = Flag(Path(scratch, "asked"))
-        launcher = Launcher(asked, None if keeper is None else keeper.regions, None if board is None else board.path)
-        node = _Node(server, scratch, board)
+        relay = Relay(Path(scratch), config.recovery.grace_seconds)
+        memory = None if keeper is None else keeper.regions
+        launcher = Launcher(relay.asked, memory, None if board is None else board.path)
+        node = _Node(server, scratch, board, relay)
         try:
             if nodes.most == 1:
                 return _start(config, arguments, launcher, Alone(config), node)
@@ -111,6 +113,7 @@ class _Node:
     server: ForkServer
     scratch: str
     board: Board | None
+    relay: Relay
 
 
 @contextlib.contextmanager
@@ -128,7 +131,8 @@ def _scratch_folder() -> Iterator[str]:
 class _Watch:
     """Sees the first rank end, from beside torch's launcher, and kills those that have not followed in
     ``GRACE_SECONDS``: torch would let a rank that hears no SIGTERM, stopped or stuck on a GPU, live for 30 more. It
-    ends the ranks that hang, too, where ``look`` sees one, and all when those of another node ended.
+    passes on what ``relay`` heard, and ends the ranks that hang, too, where ``look`` sees one, and all when those of
+    another node ended.
 
     A context manager for one attempt; once it is left, none of its ranks is alive.
     """
@@ -139,6 +143,7 @@ class _Watch:
         attempts: Attempts,
         finished: Flag,
         regroup: Flag,
+        relay: Relay,
         look: Callable[[float], Hang | None] | None = None,
     ) -> None:
         self.finished = finished
@@ -147,7 +152,8 @@ class _Watch:
         self.elsewhere = False
         """Whether another node's ranks ended before any of these."""
         self.hang: Hang | None = None
-        self._server, self._attempts, self._regroup, self._look = server, attempts, regroup, look
+        self._server, self._attempts, self._regroup = server, attempts, regroup
+        self._relay, self._look = relay, look
         self._seen: set[psutil.Process] = set()
         self._asked: set[psutil.Process] = set()
         self._over = threading.Event()
@@ -170,6 +176,7 @@ class _Watch:
         while not self._over.wait(POLL_SECONDS):
             alive = self._server.ranks()
             self._seen |= alive
+            self._relay.pass_on(alive)
             if self._look is not None and self.hang is None:
                 self._end_hanging(self._look)
             if self._seen - alive:
@@ -214,7 +221,7 @@ class _Watch:
 
 
 def _start(config: Config, arguments: argparse.Namespace, launcher: Launcher, attempts: Attempts, node: _Node) -> int:
-    _pass_signals_on(launcher.asked, attempts)
+    _pass_signals_on(node.relay, attempts)
     while (status := attempts.wait()) is None:
         launcher = replace(launcher, recovering=attempts.recovering, start=attempts.start, wanted=config.layout)
         failure = _attempt(config, arguments, launcher, attempts, node)
@@ -226,31 +233,32 @@ def _start(config: Config, arguments: argparse.Namespace, launcher: Launcher, at
 def _attempt(
     config: Config, arguments: argparse.Namespace, launcher: Launcher, attempts: Attempts, node: _Node
 ) -> Failure | None:
-    """Run the ranks of this node to their end."""
+    """Run the ranks of this node to their end. Raises SignalException when they ended because they were asked to."""
     share = attempts.share
     config = replace(config, layout=share.layout)
-    launch = launch_config(
-        attempts.rendezvous(),
-        share.ranks,
-        node.scratch,
-        shutdown_timeout=config.recovery.grace_seconds,
-        signals_to_handle="SIGQUIT",
-    )
+    launch = launch_config(attempts.rendezvous(), share.ranks, node.scratch, signals_to_handle="SIGQUIT")
     node.server.ensure_running()
     ranks = range(attempts.first_rank, attempts.first_rank + share.ranks)
     factor = config.recovery.hang_factor
     elsewhere = attempts if share.nodes > 1 else None
     look = None if node.board is None else node.board.watched(factor, ranks, elsewhere)
     finished, regroup = (Flag(Path(node.scratch, f"{name}-{uuid.uuid4().hex}")) for name in ("finished", "regroup"))
-    launcher = replace(launcher, regroup=regroup)
-    with _Watch(node.server, attempts, finished, regroup, look) as watch:
+    launcher, relay = replace(launcher, regroup=regroup), node.relay
+    with _Watch(node.server, attempts, finished, regroup, relay, look) as watch:
         try:
-            elastic_launch(launch, _rank)(config, arguments, launcher, finished)
+            elastic_launch(launch, _rank)(config, arguments, launcher, finished, relay.complete)
+            return None
         except ChildFailedError as error:
-            return _failure(*error.get_first_failure(), watch)
+            failure = _failure(*error.get_first_failure(), watch)
         except (RendezvousError, DistError) as error:  # another node ended before it had come to the store
-            return Failure(None, train.FAILED, f"the nodes did not meet: {error}", time.monotonic(), follows=True)
-    return None
+            failure = Failure(None, train.FAILED, f"the nodes did not meet: {error}", time.monotonic(), follows=True)
+    if relay.signal is None:
+        return failure
+    if relay.complete.is_set():
+        return None
+    if relay.out_of_time:
+        Journal(config).note_out_of_time(relay.signal)
+    raise SignalException("asked to stop", sigval=relay.signal)
 
 
 def _failure(rank: int, first: ProcessFailure, watch: _Watch) -> Failure:
@@ -260,20 +268,17 @@ def _failure(rank: int, first: ProcessFailure, watch: _Watch) -> Failure:
     return Failure(rank, first.exitcode, cause, noticed, follows=watch.elsewhere)
 
 
-def _pass_signals_on(asked: Flag, attempts: Attempts) -> None:
-    """Make a signal what torch's launcher passes on to all ranks, and set ``asked``, because torch sends the same
-    signal when a rank has died; repeats within a moment are the same request."""
-    last = -ONE_REQUEST_SECONDS
+def _pass_signals_on(relay: Relay, attempts: Attempts) -> None:
+    """Have ``relay`` hear the signals that stop a run. Where there is no rank to pass them on to, they end the launcher
+    at once, but for a run that is complete."""
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal last
-        if time.monotonic() - last < ONE_REQUEST_SECONDS:
+        if not relay.hear(number):
             return
-        last = time.monotonic()
-        asked.set()
         attempts.asked_to_stop(number)
-        if not multiprocessing.active_children():  # no rank that could say it
-            say_between_attempts() if attempts.begun else say_not_begun()
+        if multiprocessing.active_children() or relay.complete.is_set():
+            return
+        say_between_attempts() if attempts.begun else say_not_begun()
         raise SignalException("asked to stop", sigval=signal.Signals(number))
 
     for heard in heeded():
@@ -289,12 +294,14 @@ def _cause(rank: int, status: int) -> str:
     return f"rank {rank} failed"
 
 
-def _rank(config: Config, arguments: argparse.Namespace, launcher: Launcher, finished: Flag) -> None:
+def _rank(config: Config, arguments: argparse.Namespace, launcher: Launcher, finished: Flag, complete: Flag) -> None:
     """What each rank runs: the same as under torchrun. The server that forked it outlives a launcher that is killed;
     the rank must not."""
     output.prepare()
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     status = train.as_rank(arguments, config, launcher)
+    if status == 0:
+        complete.set()
     if status not in (train.FAILED, train.USER_ERROR):
         finished.set()
     if status:

@@ -91,6 +91,19 @@ class RunFolder:
         steps = self.metrics_file.exists() and self.metrics_file.stat().st_size > 0
         return steps or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
 
+    def newest_checkpoint(self) -> Path | None:
+        """That lacks nothing, its checksums apart."""
+        from parallel.checkpoint import newest_complete
+
+        return newest_complete(self.checkpoints)
+
+    def outlook(self) -> str:
+        """What a start goes on from, in words for whoever ended the one before."""
+        newest = self.newest_checkpoint()
+        if newest is None:
+            return "there is no checkpoint: the same command begins anew"
+        return f"to go on from {newest}, give the same command"
+
     def stored_config(self) -> Config:
         """What ``config.yaml`` holds. Raises ConfigError."""
         try:

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -68,17 +69,18 @@ class StopRequest:
 
     Until ``graceful`` is set there is no step to finish, and a signal ends the process at once, with status 128 + N.
     Asked again, after ``ONE_REQUEST_SECONDS``, it ends at once too. The rank that ``leads`` says what happens. Signals
-    that the process was started with blocked are let in here. ``asked``: set by a launcher that passes a signal on;
-    SIGTERM is also what torch sends to those that outlive another rank, and then nobody is told that the run stops.
+    that the process was started with blocked are let in here. ``outlook``: what the next start goes on from, in words.
+    ``asked``: set by a launcher that passes a signal on; SIGTERM is also what torch sends to those that outlive another
+    rank, and then nobody is told that the run stops.
     """
 
-    def __init__(self, leads: bool, asked: "Flag | None" = None) -> None:
+    def __init__(self, leads: bool, outlook: Callable[[], str], asked: "Flag | None" = None) -> None:
         self.signal: int | None = None
         self.graceful = False
         self.terminated = threading.Event()
         """Set by SIGTERM, whoever sent it."""
-        self._leads, self._asked = leads, asked
-        self._when = 0.0
+        self._leads, self._outlook, self._asked = leads, outlook, asked
+        self._when, self._hushed = 0.0, False
         arrivals, wakeup = os.pipe()
         os.set_blocking(wakeup, False)
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
@@ -90,7 +92,7 @@ class StopRequest:
 
     def hush(self) -> None:
         """Say nothing from here on, and end at no signal: the process is about to end for a reason of its own."""
-        self.graceful, self._leads = True, False
+        self.graceful, self._leads, self._hushed = True, False, True
 
     def wait_for(self, number: int, seconds: float) -> bool:
         """Whether the rank was asked to stop by signal ``number``, by the end of so many seconds at the latest."""
@@ -116,9 +118,11 @@ class StopRequest:
             self.signal, self._when = number, time.monotonic()
             if number != signal.SIGTERM or self._asked is None or self._asked.wait(ASKED_SECONDS):
                 self._say("stopping after this step; asked once more, it stops at once")
-        elif time.monotonic() - self._when > ONE_REQUEST_SECONDS:
-            self._say("stopped at once; to go on from the last checkpoint, give the same command")
-            os._exit(128 + number)
+        elif not self._hushed and time.monotonic() - self._when > ONE_REQUEST_SECONDS:
+            try:
+                self._say(f"stopped at once; {self._outlook()}")
+            finally:
+                os._exit(128 + number)
 
     def _say(self, text: str) -> None:
         if self._leads:

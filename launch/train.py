@@ -180,9 +180,9 @@ def _refuse(error: Exception) -> int:
 def _run(config: Config, arguments: argparse.Namespace, launcher: "Launcher | None") -> int:
     from launch.rank import device_of, leave, place, prepare
 
-    request = stop.StopRequest(leads=os.environ.get("RANK") == "0", asked=None if launcher is None else launcher.asked)
+    folder, asked = RunFolder(config), None if launcher is None else launcher.asked
+    request = stop.StopRequest(os.environ.get("RANK") == "0", folder.outlook, asked)
     here = place(os.environ)
-    folder = RunFolder(config)
     try:
         check_world_size(config, here.world_size)
         check_supervision(config, launcher)
@@ -191,6 +191,7 @@ def _run(config: Config, arguments: argparse.Namespace, launcher: "Launcher | No
         from launch.trainer import Trainer
 
         status = Trainer(config, here, device, folder, arguments, launcher, request).run()
+        request.hush()
         leave()
         return status
     except Exception as error:

@@ -184,7 +184,13 @@ def published(folder: Path) -> list[Path]:
 
 def newest_step(folder: Path) -> int:
     """That of the newest checkpoint that lacks nothing; 0 where there is none."""
-    return next((step_of(path) for path in reversed(published(folder)) if missing(path) is None), 0)
+    newest = newest_complete(folder)
+    return 0 if newest is None else step_of(newest)
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """The newest checkpoint that lacks nothing, if there is one."""
+    return next((path for path in reversed(published(folder)) if missing(path) is None), None)
 
 
 def missing(path: Path) -> str | None:

@@ -18,7 +18,6 @@ from launch import local
 from launch.attempts import Attempts
 from launch.config import load
 from launch.invocation import CLUSTER, ELSEWHERE, Invocation, of_training
-from launch.launcher import Launcher
 from launch.local import GRACE_SECONDS, _scratch_folder
 from launch.nodes.roster import NodeCount
 from tests.launch.runs import (
@@ -164,8 +163,8 @@ def test_a_signal_when_all_ranks_are_gone_stops_nothing(config: Path, monkeypatc
         def __exit__(self, *_: object) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
-    def all_steps(_config: object, _arguments: object, launcher: Launcher, attempts: Attempts, _node: object) -> int:
-        local._pass_signals_on(launcher.asked, attempts)
+    def all_steps(_config: object, _arguments: object, _: object, attempts: Attempts, node: local._Node) -> int:
+        local._pass_signals_on(node.relay, attempts)
         return 0
 
     monkeypatch.setattr(logging, "disable", lambda level: None)

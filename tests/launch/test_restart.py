@@ -16,6 +16,7 @@ from launch.attempts import Alone
 from launch.config import load
 from launch.drills.fault import PLAN, Action, Fault, Plan, Point
 from launch.launcher import LOST_SERVER, Failure, Flag
+from launch.relay import Relay
 from launch.train import DIVERGED, FAILED, USER_ERROR
 from tests.launch.runs import ONE_RANK, ROOT, command, entries, train
 
@@ -107,7 +108,7 @@ def test_ranks_that_outlive_a_dead_one_are_killed_unless_they_all_left(
     server = _Server(2)
     first, second = server.processes
     flag, regroup = Flag(tmp_path / "finished"), Flag(tmp_path / "regroup")
-    with local._Watch(server, Alone(load(config)), flag, regroup) as watch:
+    with local._Watch(server, Alone(load(config)), flag, regroup, Relay(tmp_path, 1)) as watch:
         if finished:
             flag.set()
         while len(watch._seen) < 2:
