@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.shared_memory import Rows, SharedGroup
+from parallel.lanes import Rows, SharedGroup
 
 Group = dist.ProcessGroup | SharedGroup
 Columns = tuple[Tensor, ...]

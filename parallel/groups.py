@@ -6,8 +6,9 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from parallel.collectives import Group
+from parallel.lanes import SharedGroup
 from parallel.mesh import Layout
-from parallel.shared_memory import SharedGroup, SharedMemory
+from parallel.shared_memory import SharedMemory
 
 
 class Groups:

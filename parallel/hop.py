@@ -15,7 +15,7 @@ from model.exchange import Pending
 from parallel.activity import Activity
 from parallel.collectives import Columns, Group, all_to_all, position_in
 from parallel.comm_stream import Brought, Chain, CommStream
-from parallel.shared_memory import Rows
+from parallel.lanes import Rows
 
 ABSENT = -torch.inf
 """The gate value of an expert that was not chosen."""

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dualpipe.program import Kind, Message, Program, Receive, Send, dump_message
 from parallel.activity import Activity
+from parallel.lanes import Arrival, Inbox, Outbox, Rows
 from parallel.mesh import Layout
-from parallel.shared_memory import Arrival, Inbox, Outbox, Rows, SharedMemory
+from parallel.shared_memory import SharedMemory
 
 Channel = tuple[int, int, Kind]
 """(source, destination, kind), ranks as pipeline positions."""
@@ -69,9 +70,9 @@ def lanes_of(memory: SharedMemory, layout: Layout, rank: int, used: Iterable[Cha
         if not memory.joins([rank, of_world]):
             continue
         if position == source:
-            out[peer, kind] = memory.outbox(of_world, kind.name)
+            out[peer, kind] = Outbox(memory, of_world, kind.name)
         else:
-            into[peer, kind] = memory.inbox(of_world, kind.name)
+            into[peer, kind] = Inbox(memory, of_world, kind.name)
     return Lanes(out, into)
 
 

@@ -19,8 +19,9 @@ from parallel.bucket import Bucket
 from parallel.collectives import Group
 from parallel.exchange import GroupExchange
 from parallel.hop import Hop
+from parallel.lanes import SharedGroup
 from parallel.mesh import Layout
-from parallel.shared_memory import SharedGroup, SharedMemory
+from parallel.shared_memory import SharedMemory
 from parallel.transport import PipelineTransport, lanes_of
 from tests.ranks import run_ranks
 

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.collectives import Group, all_gather, all_reduce, all_to_all, reduce_scatter
-from parallel.shared_memory import Arrival, Rows, SharedGroup, SharedMemory
+from parallel.collectives import Group, all_gather, all_reduce, all_to_all, reduce_scatter, zeros
+from parallel.lanes import Arrival, Inbox, Outbox, Rows, SharedGroup
+from parallel.shared_memory import SharedMemory
 from tests.ranks import run_ranks
 
 WORLD = 3
@@ -45,7 +46,7 @@ def messages(seed: int) -> list[list[Tensor]]:
 def lanes(rank: int, rounds: int) -> list[bool]:
     """Rank 0 sends, in whole or chosen rows, what rank 1 waits for in another order, from two threads."""
     memory, right = shared(), []
-    outbox, inbox = (memory.outbox(1, "lane"), None) if rank == 0 else (None, memory.inbox(0, "lane"))
+    outbox, inbox = (Outbox(memory, 1, "lane"), None) if rank == 0 else (None, Inbox(memory, 0, "lane"))
     memory.begun()
     for seed in range(rounds):
         draw = random.Random(seed)
@@ -110,12 +111,20 @@ def rows_to_each(draw: random.Random, rank: int, group: Group) -> list[Tensor]:
     widths = draw.randint(1, 2)
     columns = [drawn(draw, sum(counts[rank]), 16, dtype) for dtype in draw.sample(DTYPES, widths)]
     sent = [chosen(column) if draw.random() < 0.5 else Rows(column) for column in columns]
+    for rows in sent:
+        there = memory_for(draw, max(rows.tensor.numel(), 1), rows.tensor.dtype, group)[: rows.tensor.numel()]
+        rows.tensor.set_(there.view(rows.tensor.shape).copy_(rows.tensor))  # type: ignore[call-overload]
     return list(all_to_all(sent, counts[rank], [of[rank] for of in counts], group).wait())
+
+
+def memory_for(draw: random.Random, count: int, dtype: torch.dtype, group: Group) -> Tensor:
+    """What others read where it is, or a copy of."""
+    return zeros(count, dtype, torch.device("cpu"), group if draw.random() < 0.5 else None)
 
 
 def gathered(draw: random.Random, rank: int, group: Group) -> list[Tensor]:
     size = draw.choice([1, 64, 5000])
-    whole = torch.zeros(WORLD * size, dtype=torch.bfloat16)
+    whole = memory_for(draw, WORLD * size, torch.bfloat16, group)
     own = whole[rank * size : (rank + 1) * size]
     own.copy_(drawn(random.Random(f"{size} {rank}"), size, 1, torch.bfloat16).view(-1))
     all_gather(own, whole, group).wait()
@@ -125,7 +134,8 @@ def gathered(draw: random.Random, rank: int, group: Group) -> list[Tensor]:
 def scattered(draw: random.Random, rank: int, group: Group) -> list[Tensor]:
     """Of numbers whose sum depends on its order."""
     size = draw.choice([1, 64, 5000])
-    whole = torch.randn(WORLD * size, generator=torch.Generator().manual_seed(draw.randrange(1000) + rank))
+    whole = memory_for(draw, WORLD * size, torch.float32, group)
+    whole.copy_(torch.randn(WORLD * size, generator=torch.Generator().manual_seed(draw.randrange(1000) + rank)))
     reduce_scatter(whole, group).wait()
     return [whole[rank * size : (rank + 1) * size]]
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from parallel.collectives import Group, all_gather, reduce_scatter
 from parallel.estimate.calibrate.clock import Clock
-from parallel.shared_memory import Inbox, Outbox, Rows, SharedMemory
+from parallel.lanes import Inbox, Outbox, Rows
+from parallel.shared_memory import SharedMemory
 
 SMALL_BYTES, LARGE_BYTES = 256, 1 << 22
 SLOW = 1.5
@@ -41,7 +42,7 @@ class Ring:
         if memory is not None:
             if all(memory.joins(pair) for pair in pairs):
                 name = f"ring {distance}"
-                self._lanes = memory.outbox(self._there, name), memory.inbox(self._here, name)
+                self._lanes = Outbox(memory, self._there, name), Inbox(memory, self._here, name)
             memory.begun()
 
     def pass_on(self, leaving: Tensor, arriving: Tensor) -> None:
