@@ -20,7 +20,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from parallel.shared_memory import SharedMemory, broken, timed_out
+from parallel.shared_memory import SharedMemory, broken, set_timeout, timed_out
 
 HEADER = struct.Struct("=qqd")
 """Of a message: where it begins in the sender's memory, its bytes, when it left."""
@@ -111,20 +111,24 @@ class Inbox:
         self._posted.append(arrival)
         return arrival
 
-    def read_until(self, arrival: "Arrival") -> None:
+    def deadline(self) -> float:
+        """Of a wait that begins now."""
+        return time.perf_counter() + self._memory.timeout_s
+
+    def read_until(self, arrival: "Arrival", deadline: float) -> None:
         with self._reading:
             while not arrival.here:
                 first = self._posted[0]
-                first.sent_at = self._read(first.columns, first.add)
+                first.sent_at = self._read(first.columns, first.add, deadline)
                 first.here = True
                 self._posted.popleft()
 
     @torch.no_grad()
-    def _read(self, columns: Sequence[Tensor], add: bool) -> float:
+    def _read(self, columns: Sequence[Tensor], add: bool, deadline: float) -> float:
         if self._connection is None:
             self._connection = self._expected()
         places, expected = _placed([(into.shape, into.dtype) for into in columns])
-        start, size, sent_at = self._header(self._connection)
+        start, size, sent_at = self._header(self._connection, deadline)
         if size != expected:
             raise broken(self.peer, f"it sent {size} bytes where {expected} were to come")
         for into, place in zip(columns, places, strict=True):
@@ -135,9 +139,15 @@ class Inbox:
             self._connection.send(OFFSET.pack(start))
         return sent_at
 
-    def _header(self, connection: socket.socket) -> tuple[int, int, float]:
+    def _header(self, connection: socket.socket, deadline: float) -> tuple[int, int, float]:
+        left, usual = deadline - time.perf_counter(), self._memory.timeout_s
+        shorter = left < 0.99 * usual
         try:
+            if shorter:
+                set_timeout(connection, socket.SO_RCVTIMEO, left)
             header = connection.recv(HEADER.size, socket.MSG_WAITALL)
+            if shorter:
+                set_timeout(connection, socket.SO_RCVTIMEO, usual)
         except BlockingIOError:
             raise timed_out(self.peer, self._memory.timeout_s) from None
         except ConnectionError as error:
@@ -154,9 +164,10 @@ class Arrival:
         self._inbox, self.columns, self.add = inbox, columns, add
         self.here, self.sent_at = False, 0.0
 
-    def wait(self) -> None:
+    def wait(self, deadline: float | None = None) -> None:
+        """``deadline``: by ``perf_counter``; that of a wait which begins now, unless given."""
         if not self.here:
-            self._inbox.read_until(self)
+            self._inbox.read_until(self, self._inbox.deadline() if deadline is None else deadline)
 
 
 class SharedGroup:
@@ -180,8 +191,9 @@ class SharedGroup:
         posted = [lane.post(from_each[at], add) for at, lane in self._in.items()]
 
         def finish() -> float:
+            deadline = time.perf_counter() + self.memory.timeout_s
             for arrival in posted:
-                arrival.wait()
+                arrival.wait(deadline)
             return max(arrival.sent_at for arrival in posted)
 
         return finish

@@ -198,9 +198,8 @@ class SharedMemory:
 
     def _timed(self, connection: socket.socket) -> socket.socket:
         """With the kernel's own timeout, which saves the calls that wait before each call."""
-        seconds, rest = divmod(self.timeout_s, 1)
-        for way in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            connection.setsockopt(socket.SOL_SOCKET, way, TIMEOUT.pack(int(seconds), int(rest * 1e6)))
+        set_timeout(connection, socket.SO_SNDTIMEO, self.timeout_s)
+        set_timeout(connection, socket.SO_RCVTIMEO, self.timeout_s)
         return connection
 
 
@@ -227,6 +226,11 @@ def _host() -> str:
     namespaces of networks and processes, and the user."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return " ".join([boot, *(os.readlink(f"/proc/self/ns/{of}") for of in ("net", "pid")), str(os.geteuid())])
+
+
+def set_timeout(connection: socket.socket, way: int, seconds: float) -> None:
+    microseconds = max(int(seconds * 1e6), 1)  # zero would be for ever
+    connection.setsockopt(socket.SOL_SOCKET, way, TIMEOUT.pack(*divmod(microseconds, 1000000)))
 
 
 def timed_out(peer: int, seconds: float) -> RuntimeError:
