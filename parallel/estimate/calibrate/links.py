@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.collectives import Group, all_gather, reduce_scatter
+from parallel.collectives import Group, all_gather, reduce_scatter, zeros
 from parallel.estimate.calibrate.clock import Clock
 from parallel.lanes import Inbox, Outbox, Rows
 from parallel.shared_memory import SharedMemory
@@ -87,7 +87,7 @@ def reduction_seconds(group: Group, device: torch.device, clock: Clock) -> float
     """Of summing so many bytes over the world and gathering them again, as ``parallel/bucket.py`` does."""
     world, rank = dist.get_world_size(), dist.get_rank()
     each = LARGE_BYTES // 4 // world
-    gradients = torch.zeros(world * each, device=device)
+    gradients = zeros(world * each, torch.float32, device, group)
 
     def once() -> None:
         reduce_scatter(gradients, group).wait()
