@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -96,10 +97,11 @@ def _forked(words: list[str], environment: dict[str, str], out: Path, error: Pat
 
 
 def entries(run: Path) -> list[dict]:
-    try:
-        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    except (FileNotFoundError, json.JSONDecodeError):
-        return []
+    found: list[dict] = []
+    with suppress(FileNotFoundError, json.JSONDecodeError):  # the last line may be on its way
+        for line in (run / "metrics.jsonl").read_text().splitlines():
+            found.append(json.loads(line))
+    return found
 
 
 def losses(run: Path) -> list[float]:
