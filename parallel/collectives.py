@@ -58,10 +58,10 @@ def all_to_all(columns: Sequence[Rows], sent: list[int], received: list[int], gr
     if isinstance(group, SharedGroup):
         return _shared_all_to_all(columns, sent, received, group)
     whole = [c.tensor if c.chosen is None else c.tensor.index_select(0, c.chosen) for c in columns]
-    packed = whole[0].contiguous() if len(whole) == 1 else pack(whole)
+    packed = whole[0].contiguous() if len(whole) == 1 else _pack(whole)
     arrived = packed.new_empty(sum(received), *packed.shape[1:])
     work = dist.all_to_all_single(arrived, packed, received, sent, group=group, async_op=True)
-    return _transfer(work, lambda: (arrived,) if len(whole) == 1 else unpack(arrived, whole))
+    return _transfer(work, lambda: (arrived,) if len(whole) == 1 else _unpack(arrived, whole))
 
 
 def _shared_all_to_all(
@@ -155,13 +155,13 @@ def _shared_transfer(finish: Callable[[], float], result: Result) -> Transfer[Re
     return Transfer(wait, told.append)
 
 
-def pack(columns: Sequence[Tensor]) -> Tensor:
+def _pack(columns: Sequence[Tensor]) -> Tensor:
     """Rows of several tensors as the bytes of one."""
     return torch.cat([column.contiguous().view(torch.uint8) for column in columns], dim=1)
 
 
-def unpack(packed: Tensor, like: Sequence[Tensor]) -> Columns:
-    """What ``pack`` made, of columns as wide as those of ``like``."""
+def _unpack(packed: Tensor, like: Sequence[Tensor]) -> Columns:
+    """What ``_pack`` made, of columns as wide as those of ``like``."""
     widths = [column.shape[1] * column.element_size() for column in like]
     # A copy even of a single row, which is contiguous where it stands: the view needs aligned memory.
     parts = [part.clone(memory_format=torch.contiguous_format) for part in packed.split(widths, dim=1)]

@@ -46,6 +46,8 @@ class Groups:
                 self._groups[ranks] = dist.new_group(list(ranks), timeout=timeout)
             elif dist.get_rank() in ranks:
                 self._groups[ranks] = SharedGroup(memory, ranks)
+        if memory is not None:
+            memory.begun()
 
     def of(self, ranks: Sequence[int]) -> Group | None:
         return None if len(ranks) == 1 else self._groups[tuple(ranks)]

@@ -57,10 +57,6 @@ class Outbox:
         self._connection = memory.connect(peer, name)
         memory.borrowers.add(self)
 
-    def __del__(self) -> None:
-        if hasattr(self, "_connection"):
-            self._connection.close()
-
     @torch.no_grad()
     def send(self, columns: Sequence[Rows]) -> None:
         """The bytes alone travel: both ends know shapes and dtypes. What is memory of ``SharedMemory.zeros``, and sent
@@ -100,10 +96,6 @@ class Inbox:
         self._connection: socket.socket | None = None
         self._posted: deque[Arrival] = deque()
         self._reading = threading.Lock()
-
-    def __del__(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
 
     def post(self, columns: Sequence[Tensor], add: bool = False) -> "Arrival":
         """``columns``, each contiguous, are what the next message is copied or, if ``add``, added to."""

@@ -50,7 +50,7 @@ class Borrower(Protocol):
 
 
 class SharedMemory:
-    """The memory of this rank that others may read, and the lanes to and from them. Collective over the world.
+    """The memory of this rank that others may read, and its connections with them. Collective over the world.
     ``nodes``: what node each rank of the world counts as; ``timeout``: how long anything may take. Two ranks reach each
     other that are of one node, and find themselves on one host.
 
@@ -59,9 +59,9 @@ class SharedMemory:
     """
 
     def __init__(self, nodes: Sequence[Hashable], timeout: timedelta) -> None:
-        self.rank, self.timeout_s = dist.get_rank(), timeout.total_seconds()
         self._file = -1
         self._files: dict[int, int] = {}
+        self.rank, self.timeout_s = dist.get_rank(), timeout.total_seconds()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         name = f"\0dualpipe-{secrets.token_hex(16)}"
         self._listener.bind(name)
@@ -88,11 +88,10 @@ class SharedMemory:
         self._end = 0
         self._lock = threading.Lock()
         self.borrowers: weakref.WeakSet[Borrower] = weakref.WeakSet()
-        self._lanes: Counter[tuple[str, int, str]] = Counter()
+        self._of_one_name: Counter[tuple[str, int, str]] = Counter()
         self._connections: dict[tuple[int, str], socket.socket] = {}
 
     def __del__(self) -> None:
-        self._listener.close()
         for file in (self._file, *self._files.values()):
             if file >= 0:
                 os.close(file)
@@ -184,8 +183,7 @@ class SharedMemory:
         start = self._end
         self._end += -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         if self._end > self._most:
-            words = f"ulimit -f allows {self._most} bytes, and what ranks share takes more"
-            raise OSError(errno.EFBIG, words)
+            raise OSError(errno.ENOMEM, f"ulimit -f allows {self._most} bytes, and what ranks share takes more")
         return start
 
     def _mapped(self, end: int) -> int:
@@ -193,8 +191,8 @@ class SharedMemory:
         return min(1 << (end - 1).bit_length(), self._most)
 
     def _numbered(self, way: str, peer: int, name: str) -> str:
-        self._lanes[way, peer, name] += 1
-        return f"{name} {self._lanes[way, peer, name]}"
+        self._of_one_name[way, peer, name] += 1
+        return f"{name} {self._of_one_name[way, peer, name]}"
 
     def _timed(self, connection: socket.socket) -> socket.socket:
         """With the kernel's own timeout, which saves the calls that wait before each call."""

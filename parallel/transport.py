@@ -1,6 +1,6 @@
 """Pipeline messages. Every channel (source, destination, kind) is a FIFO of its own.
 
-Between ranks whose processors share memory a channel is a lane (``shared_memory.py``). On gloo it is a tag. On NCCL it
+Between ranks whose processors share memory a channel is a lane (``lanes.py``). On gloo it is a tag. On NCCL it
 is a communicator with its own stream, made eagerly: operations on one communicator complete in issue order, so that a
 receive posted early on a shared one would hold up the sends behind it.
 """
@@ -59,7 +59,7 @@ class Lanes:
 
 
 def lanes_of(memory: SharedMemory, layout: Layout, rank: int, used: Iterable[Channel]) -> Lanes:
-    """Lanes for those channels of this rank's replica whose ends ``memory`` joins. Collective."""
+    """Lanes for those channels of this rank's replica whose ends ``memory`` joins. Collective over the world."""
     out, into = {}, {}
     position, data = layout.pipeline_index(rank), layout.data_index(rank)
     for source, destination, kind in used:
@@ -73,6 +73,7 @@ def lanes_of(memory: SharedMemory, layout: Layout, rank: int, used: Iterable[Cha
             out[peer, kind] = Outbox(memory, of_world, kind.name)
         else:
             into[peer, kind] = Inbox(memory, of_world, kind.name)
+    memory.begun()
     return Lanes(out, into)
 
 

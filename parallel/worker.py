@@ -157,8 +157,6 @@ class Worker:
         groups = channel_groups(layout, used, timeout) if over_nccl else None
         lanes = None if memory is None else lanes_of(memory, layout, rank, used)
         self.transport = PipelineTransport(layout, rank, like, groups, self.activity, lanes)
-        if memory is not None:
-            memory.begun()
 
     @property
     def needs_data(self) -> bool:

@@ -77,7 +77,6 @@ def many(rank: int) -> list[tuple[list[bool], int]]:
     memory = SharedMemory([0] * LAYOUT.world_size, timedelta(seconds=60))
     lanes = lanes_of(memory, LAYOUT, rank, used)
     assert len(lanes.out) == len(lanes.into) == len(Kind)
-    memory.begun()
     return [exchange(rank, seed, way) for way in (Lanes(), lanes) for seed in range(25)]
 
 

@@ -110,8 +110,6 @@ def _exchanging(workload: Workload, device: torch.device, memory: SharedMemory |
     if layout.expert == 1 or world % layout.expert:
         return None
     groups = Groups(Layout(pipeline=1, data=world, expert=layout.expert), [], memory=memory)
-    if memory is not None:
-        memory.begun()
     rank, each = dist.get_rank(), workload.model.n_routed_experts // layout.expert
     first = rank % layout.expert * each
     members = range(rank - rank % layout.expert, rank - rank % layout.expert + layout.expert)
@@ -144,8 +142,6 @@ def _messages(
         measured.slow[f"messages {distance} ranks on"] = links.slow_ranks([wall for _, _, wall in each])
     group = Groups(Layout(data=world), [range(1)], memory=memory).of(range(world))
     assert group is not None
-    if memory is not None:
-        memory.begun()
     sums: list[Any] = [None] * world
     dist.all_gather_object(sums, links.reduction_seconds(group, device, clock))
     measured.reduction = median(sums)
