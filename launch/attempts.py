@@ -177,6 +177,12 @@ class Journal:
             flush=True,
         )
 
+    def note_while_stopping(self, failure: Failure) -> None:
+        """Say and record that a rank failed while the run was about to stop."""
+        failure = self.explained(failure)
+        self.note(failure.rank, failure.cause)
+        print(f"error: {failure.cause} while the run stopped; {self._folder.outlook()}", file=sys.stderr, flush=True)
+
     def say_restart(self, cause: str, number: int) -> None:
         recovery = self._config.recovery
         source = "memory or the newest checkpoint" if recovery.replicate_every else "the newest checkpoint"

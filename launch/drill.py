@@ -12,7 +12,7 @@ from pathlib import Path
 
 from launch import hosts, stop
 from launch.command import Parser, UsageError, reported
-from launch.config import Config, load
+from launch.config import Config
 from launch.drills import drive
 from launch.drills.fault import Plan
 from launch.drills.scenarios import SCENARIOS, Scenario
@@ -20,6 +20,8 @@ from launch.drills.soak import Soaked, soak
 from launch.drills.verdict import Ending, Verdict, ending, judge
 from launch.nodes.roster import NodeCount
 from launch.nodes.together import shares_of
+from launch.resume import STAGES
+from launch.train import configuration
 
 FAILED = 1
 FEWEST_SOAK_SECONDS = 60
@@ -73,7 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("scenarios", metavar="SCENARIO", nargs="*", help="what to drill; everything by default")
     parser.add_argument("--list", action="store_true", help="say what there is to drill, and drill nothing")
-    parser.add_argument("--config", metavar="CONFIG", type=Path, help="YAML file; a small tiny-cpu.yaml by default")
+    parser.add_argument(
+        "--config",
+        metavar="CONFIG",
+        type=Path,
+        help="YAML file or the folder of a run; a small tiny-cpu.yaml by default",
+    )
     parser.add_argument(
         "--control",
         action="store_true",
@@ -81,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--soak", metavar="TIME", help="no scenario, but random faults for so long: 90s, 20m, 2h")
     parser.add_argument("--seed", type=int, help="of the faults of --soak; 0 by default")
-    parser.add_argument("--json", action="store_true", help="print one list of objects instead of the table")
+    parser.add_argument(
+        "--json", action="store_true", help="print one list of objects; the table goes to standard error"
+    )
     return parser
 
 
@@ -101,14 +110,18 @@ def _soak(arguments: argparse.Namespace) -> list[bool]:
         raise UsageError(f"--soak={arguments.soak} must be a time such as 90s, 20m or 2h, of a minute at least")
     if arguments.scenarios or arguments.control or arguments.list:
         raise UsageError("--soak takes no SCENARIO, no --control and no --list")
-    config = load(arguments.config or DEFAULT)
+    config = configuration(arguments.config or DEFAULT)
     with tempfile.TemporaryDirectory(prefix="dualpipe-drill-") as folder:
-        soaked = soak(config, Path(folder), seconds, arguments.seed or 0)
+        soaked = soak(config, Path(folder), seconds, arguments.seed or 0, _say)
     if arguments.json:
         print(json.dumps(soaked.as_dict()))
     else:
         print(_told(soaked))
     return [not soaked.problems]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _told(soaked: Soaked) -> str:
@@ -146,7 +159,7 @@ def _drill_scenarios(arguments: argparse.Namespace) -> list[bool]:
                 raise UsageError(f"scenario {name} needs an emulated cluster: {lacking}")
             print(f"left out: {name}, which needs an emulated cluster: {lacking}", file=sys.stderr)
         chosen = [scenario for scenario in chosen if not scenario.hosts]
-    config = load(DEFAULT, SHRUNK) if arguments.config is None else load(arguments.config)
+    config = configuration(DEFAULT, SHRUNK) if arguments.config is None else configuration(arguments.config)
     for scenario in chosen:
         ranks, fewest = config.layout.world_size, scenario.fewest_ranks
         if ranks < fewest:
@@ -188,8 +201,9 @@ def _run(scenarios: Sequence[Scenario], config: Config, folder: Path, arguments:
     if attempt.status != 0 or standard.state is None:
         said = (attempt.output.strip().splitlines() or ["nothing"])[-1].removeprefix("error: ")
         raise UsageError(f"the run fails without any fault, with status {attempt.status}: {said}")
-    if not arguments.json:
-        print(f"undisturbed: {len(standard.steps)} steps in {seconds:.1f} s, state {standard.state[:16]}\n\n{_HEAD}")
+    table = sys.stderr if arguments.json else sys.stdout
+    steps = f"{len(standard.steps)} steps in {seconds:.1f} s"
+    print(f"undisturbed: {steps}, state {standard.state[:16]}\n\n{_HEAD}", file=table, flush=True)
     verdicts: list[Verdict] = []
     planned: dict[int, Ending] = {}
     for scenario in scenarios:
@@ -204,12 +218,11 @@ def _run(scenarios: Sequence[Scenario], config: Config, folder: Path, arguments:
         if scenario.returns:
             wanted = ending(drive.planned(config, folder / f"planned-{scenario.name}", evidence.folder).folder)
         verdicts.append(judge(scenario, evidence, wanted))
-        if not arguments.json:
-            print(_row(scenario, verdicts[-1]), flush=True)
+        print(_row(scenario, verdicts[-1]), file=table, flush=True)
     return verdicts
 
 
-_WIDTHS = (16, 55, 50, 9, 9, 7, 4, 7, 4)
+_WIDTHS = (16, 55, 50, 9, 6, 9, 6, 6, 9, 7, 4, 7, 4)
 
 
 def _line(*cells: str) -> str:
@@ -217,7 +230,8 @@ def _line(*cells: str) -> str:
 
 
 _HEAD = _line(
-    "scenario", "broken", "culprit named", "noticed s", "forward s", "back s", "lost", "bitwise", "left", "verdict"
+    *("scenario", "broken", "culprit named", "noticed s", *(f"{stage} s" for stage in STAGES)),
+    *("forward s", "back s", "lost", "bitwise", "left", "verdict"),
 )
 
 
@@ -230,6 +244,7 @@ def _row(scenario: Scenario, verdict: Verdict) -> str:
         scenario.broken,
         f"{culprit[: _WIDTHS[2] - 3]}..." if cut else culprit,
         _number(verdict.detected_s),
+        *(_number(seconds) for seconds in verdict.stages_s.values()),
         _number(verdict.forward_s),
         _number(verdict.recovered_s),
         "-" if verdict.lost_steps is None else str(verdict.lost_steps),

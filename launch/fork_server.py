@@ -1,5 +1,8 @@
 """The server that all ranks of a node are forked from: it has imported torch, so that eight of them do not import it
-eight times. It starts no thread and touches no GPU, and outlives the ranks, which are started again within a second."""
+eight times. It starts no thread and touches no GPU, and outlives the ranks, which are started again within a second.
+
+It outlives a launcher that is killed, too, and its ranks, and then ends as the last: so it is the one to take along the
+folder for temporary files, where its socket is (``last_out.py``)."""
 
 import contextlib
 import multiprocessing
@@ -22,6 +25,8 @@ _SOCKET_BYTES = 103
 _SOCKET = "/pymp-xxxxxxxx/listener-xxxxxxxx"
 """Where multiprocessing puts its socket below the folder for temporary files."""
 _SHORT = "/tmp"
+FOLDER = "DUALPIPE_TEMPORARY"
+"""The variable that names the folder to a server."""
 
 
 class ForkServer:
@@ -35,9 +40,9 @@ class ForkServer:
         self._servers: set[psutil.Process] = set()
 
     def __enter__(self) -> "ForkServer":
-        multiprocessing.set_forkserver_preload(["launch.trainer"])
+        multiprocessing.set_forkserver_preload(["launch.trainer", "launch.last_out"])
         with _folder_for_sockets():
-            multiprocessing.util.get_temp_dir()  # made once, and removed when this process ends
+            os.environ[FOLDER] = self.folder
         self.ensure_running()
         return self
 
@@ -47,6 +52,11 @@ class ForkServer:
         for server in self._servers:  # it may be about to fork a rank that nobody waits for
             with contextlib.suppress(psutil.NoSuchProcess):
                 server.kill()
+
+    @property
+    def folder(self) -> str:
+        """For temporary files; made once, and removed when this process ends."""
+        return str(multiprocessing.util.get_temp_dir())
 
     def ensure_running(self) -> None:
         """Start the server, or another one when it was ended."""

@@ -19,13 +19,15 @@ _POLL_SECONDS = 0.02
 class Failure:
     """How an attempt ended. ``rank``: None when a whole node was lost; ``status``: the rank's exit status, negative for
     a signal; ``noticed``: when it was seen to be gone, in the seconds of ``time.monotonic``, which all processes of a
-    machine share; ``follows``: whether the rank ended because another one, maybe of another node, was gone."""
+    machine share; ``follows``: whether the rank ended because another one, maybe of another node, was gone; ``ended``:
+    when no rank was alive any more on this node, None while one is."""
 
     rank: int | None
     status: int
     cause: str
     noticed: float
     follows: bool = False
+    ended: float | None = None
 
     @property
     def can_recover(self) -> bool:

@@ -55,10 +55,9 @@ def start(config: Config, arguments: argparse.Namespace) -> int:
     os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"  # as many ranks on each node: nothing to ask the others
     nodes: NodeCount = arguments.nnodes
     ranks = nodes.ranks_on_each(config.layout.world_size)
-    # The server's socket lives longer than the folder.
     with (
         ForkServer() as server,
-        _scratch_folder() as scratch,
+        _scratch_folder(server.folder) as scratch,
         _held(config, "replicate_every", Keeper, ranks) as keeper,
         _held(config, "hang_factor", Board, ranks) as board,
     ):
@@ -117,10 +116,10 @@ class _Node:
 
 
 @contextlib.contextmanager
-def _scratch_folder() -> Iterator[str]:
+def _scratch_folder(parent: str) -> Iterator[str]:
     """A folder for the logs of torch's launcher, and for the files of errors that it would leave behind."""
     before = tempfile.tempdir
-    with tempfile.TemporaryDirectory(prefix="dualpipe-") as scratch:
+    with tempfile.TemporaryDirectory(dir=parent) as scratch:
         tempfile.tempdir = scratch
         try:
             yield scratch
@@ -253,11 +252,13 @@ def _attempt(
         except (RendezvousError, DistError) as error:  # another node ended before it had come to the store
             failure = Failure(None, train.FAILED, f"the nodes did not meet: {error}", time.monotonic(), follows=True)
     if relay.signal is None:
-        return failure
+        return replace(failure, ended=time.monotonic())
     if relay.complete.is_set():
         return None
     if relay.out_of_time:
         Journal(config).note_out_of_time(relay.signal)
+    elif failure.can_recover:
+        Journal(config).note_while_stopping(failure)
     raise SignalException("asked to stop", sigval=relay.signal)
 
 

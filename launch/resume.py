@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,6 +22,10 @@ from parallel.recovery import Choice
 from parallel.replica import Replica
 from parallel.rescue import rescue
 from parallel.worker import Worker
+
+STAGES = ("stop", "regroup", "load", "step")
+"""Of a recovery, from when a failure was noticed: until no rank was alive, until those that were started were a group,
+until they had their state, and until the first step was done."""
 
 
 def open_run(
@@ -139,11 +144,21 @@ class Resume:
 
 class Recoveries:
     """What the run recovers from until the next step is taken: ``failure``, after which the launcher started all ranks
-    again, or a return to a checkpoint."""
+    again, or a return to a checkpoint. Made once the ranks are a group."""
 
     def __init__(self, folder: RunFolder, failure: Failure | None) -> None:
         self._folder, self._failure = folder, failure
         self._returned: tuple[str, float] | None = None
+        self._joined = self._loaded = time.monotonic()
+
+    @property
+    def after_a_failure(self) -> bool:
+        """Whether no step was taken since."""
+        return self._failure is not None
+
+    def loaded(self) -> None:
+        """The ranks have the state that they go on from."""
+        self._loaded = time.monotonic()
 
     def begin(self, why: str) -> None:
         """The run returns to a checkpoint."""
@@ -155,7 +170,12 @@ class Recoveries:
         if returned is not None:
             self._write(returned[1], cause=returned[0], step=step)
         if failure is not None:
-            self._write(failure.noticed, rank=failure.rank, cause=failure.cause, step=step)
+            assert failure.ended is not None, failure
+            moments = (failure.noticed, failure.ended, self._joined, self._loaded, time.monotonic())
+            spent = {
+                stage: round(end - begin, 3) for stage, (begin, end) in zip(STAGES, pairwise(moments), strict=True)
+            }
+            self._write(failure.noticed, rank=failure.rank, cause=failure.cause, step=step, stages=spent)
 
     def _write(self, noticed: float, **details: Any) -> None:
         self._folder.events.write("recovery", **details, seconds=round(time.monotonic() - noticed, 3))

@@ -87,9 +87,12 @@ class RunFolder:
             )
         return recorded
 
+    def has_steps(self) -> bool:
+        """Whether a step was ever done in it."""
+        return self.metrics_file.exists() and self.metrics_file.stat().st_size > 0
+
     def _has_trained(self) -> bool:
-        steps = self.metrics_file.exists() and self.metrics_file.stat().st_size > 0
-        return steps or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
+        return self.has_steps() or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
 
     def newest_checkpoint(self) -> Path | None:
         """That lacks nothing, its checksums apart."""

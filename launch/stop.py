@@ -91,8 +91,9 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {*heard, signal.SIGQUIT})
 
     def hush(self) -> None:
-        """Say nothing from here on, and end at no signal: the process is about to end for a reason of its own."""
-        self.graceful, self._leads, self._hushed = True, False, True
+        """Say nothing from here on, and end at no signal: the process is about to end for a reason of its own. What it
+        was asked before does not count any more."""
+        self.graceful, self._leads, self._hushed, self.signal = True, False, True, None
 
     def wait_for(self, number: int, seconds: float) -> bool:
         """Whether the rank was asked to stop by signal ``number``, by the end of so many seconds at the latest."""

@@ -111,9 +111,9 @@ def _working_folder() -> Path:
         raise ConfigError(f"the working directory must be there: {error.strerror}") from None
 
 
-def configuration(arguments: argparse.Namespace) -> Config:
+def configuration(given: str | Path, overrides: Sequence[str] = ()) -> Config:
     """From CONFIG and the overrides; a run's folder stands for the configuration that the run was started with."""
-    path, overrides = Path(arguments.config), arguments.overrides
+    path = Path(given)
     if os.path.isdir(path):  # what cannot be looked at, load refuses by name
         tokenizer = tokenizer_of(path, load(path / "config.yaml"))
         return load(path / "config.yaml", [f"run.dir={path}", f"data.tokenizer={tokenizer}", *overrides])
@@ -124,7 +124,7 @@ def as_launcher(arguments: argparse.Namespace) -> int:
     """Refuse what can be refused before any rank exists, then start all ranks on this machine."""
     try:
         stop.end_at_once()
-        config = configuration(arguments)
+        config = configuration(arguments.config, arguments.overrides)
         _check_room(config, arguments.nnodes)
         RunFolder(config).changes(config, open_dataset(config).fingerprint)
         from launch.local import start
@@ -159,7 +159,7 @@ def as_rank(arguments: argparse.Namespace, config: Config | None = None, launche
     """One rank's whole life, as torchrun started it, or ``local.py``, which has read the configuration already and is
     its ``launcher``."""
     try:
-        return _run(config or configuration(arguments), arguments, launcher)
+        return _run(config or configuration(arguments.config, arguments.overrides), arguments, launcher)
     except Exception as error:
         if not is_users(error):
             raise

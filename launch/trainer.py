@@ -99,7 +99,9 @@ class Trainer:
             self.resume = Resume(self.worker, self.replica, self.folder, self._say)
             if drill is not None:
                 self._expect_faults(drill)
-            self._go_on()
+            if not self._go_on() and self.leads and (self.recoveries.after_a_failure or self.folder.has_steps()):
+                self._say("there is nothing to go on from: the run begins anew")
+            self.recoveries.loaded()
             self._know_history()
             self.slow = SlowRanks(config.recovery.slow_factor, alike(config.layout, self.worker.program))
             keep, asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
@@ -286,8 +288,9 @@ class Trainer:
                 grad_norm=result.grad_norm,
             )
         if not most:
+            kept = "go on from the last checkpoint" if self.folder.newest_checkpoint() else "begin anew"
             raise Diverged(
-                f"step {step} was not taken: {refusal.why} ({numbers}); go on from the last checkpoint"
+                f"step {step} was not taken: {refusal.why} ({numbers}); {kept}"
                 + ("" if refusal.flips else " with another optimizer.learning_rate, or set recovery.max_bad_steps")
             )
         if self.leads:

@@ -138,9 +138,8 @@ def disturbed(scenario: Scenario, config: Config, folder: Path, control: bool, l
     with Drive(drilled(config, folder / "run", scenario, control), plan, limit_seconds, nodes, scenario.hosts) as drive:
         attempts = [drive.start(scenario.interrupt, returns=scenario.returns)]
         damaged: tuple[str, ...] = ()
-        # A launcher that was killed cannot remove its temporary files; its processes have to be gone all the same.
-        killed = scenario.interrupt is signal.SIGKILL or scenario.nodes > 1
-        leftovers = drive.leftovers(files_too=not killed)
+        # Who is killed with all that it started cannot remove its temporary files.
+        leftovers = drive.leftovers(files_too=scenario.nodes == 1)
         if scenario.again is Again.USER and attempts[0].status == scenario.status:
             if scenario.damage is not None:
                 damaged = drive.damage(scenario.damage)

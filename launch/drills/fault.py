@@ -167,6 +167,10 @@ class Plan:
                 raise ConfigError(f"the fault {what} would never happen: what is left out is a gather, and only that")
             if fault.wait_seconds and (fault.point not in BY_THE_CLOCK or fault.action is Action.SLOW):
                 raise ConfigError(f"the fault {what} would never happen: no clock is looked at there")
+            if self.faults.count(fault) > 1:
+                raise ConfigError(
+                    f"the fault {what} would never happen twice: it is there {self.faults.count(fault)} times"
+                )
         self._check_ranks(ranks)
 
     def _check_ranks(self, ranks: int) -> None:

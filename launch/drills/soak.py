@@ -10,7 +10,7 @@ import signal
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -116,8 +116,10 @@ def draw_faults(draw: random.Random, ranks: int, seconds: float, step_seconds: f
     return tuple(faults)
 
 
-def soak(config: Config, folder: Path, seconds: float, seed: int) -> Soaked:
-    """Train for so many seconds under faults, then without. Raises ConfigError for what cannot run."""
+def soak(config: Config, folder: Path, seconds: float, seed: int, say: Callable[[str], None]) -> Soaked:
+    """Train for so many seconds under faults, then without; ``say`` how it goes. Raises ConfigError for what cannot
+    run."""
+    say(f"{CALIBRATION_STEPS} steps without faults, to know how long one takes")
     calibrated = _run(_soaked(config, folder / "short", steps=CALIBRATION_STEPS), folder / "short")
     steps_taken = read_jsonl(calibrated.folder.metrics_file)
     if calibrated.attempt.status != 0 or len(steps_taken) < 2:
@@ -125,8 +127,11 @@ def soak(config: Config, folder: Path, seconds: float, seed: int) -> Soaked:
         raise ConfigError(f"the run fails without any fault: {said.removeprefix('error: ')}")
     step_seconds = statistics.median(entry["step_seconds"] for entry in steps_taken[1:])
     faults = draw_faults(random.Random(seed), config.layout.world_size, seconds, step_seconds)
-    disturbed = _run(_soaked(config, folder / "soaked", restarts=len(faults)), folder / "soaked", faults, seconds)
+    say(f"a step takes {step_seconds:.2f} s; {len(faults)} faults in {seconds / 60:g} min")
+    soaked = _soaked(config, folder / "soaked", restarts=len(faults))
+    disturbed = _run(soaked, folder / "soaked", faults, seconds, say)
     last = len(read_jsonl(disturbed.folder.metrics_file))
+    say(f"stopped after step {last}; now as many steps without faults")
     asked = (Fault(Action.ASK, 0, last, Point.FORWARD),)
     undisturbed = _run(_soaked(config, folder / "undisturbed"), folder / "undisturbed", asked)
     return judge(disturbed, ending(undisturbed.folder, last))
@@ -161,14 +166,25 @@ def _soaked(config: Config, folder: Path, steps: int = ENDLESS_STEPS, restarts: 
     )
 
 
-def _run(config: Config, folder: Path, faults: tuple[Fault, ...] = (), seconds: float | None = None) -> Ran:
+def _run(
+    config: Config,
+    folder: Path,
+    faults: tuple[Fault, ...] = (),
+    seconds: float | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Ran:
     """Train to the end, or until so many ``seconds`` are over. Then nothing strikes any more; but before the run is
     asked to stop it takes two steps, of which what has struck lets it take one at most."""
     plan, began = Plan(folder / PLAN_FILE, faults), time.monotonic()
     spared_at: int | None = None
+    said = 0
 
     def is_due(steps: int) -> bool:
-        nonlocal spared_at
+        nonlocal spared_at, said
+        minutes = int((time.monotonic() - began) / 60)
+        if say is not None and minutes > said:
+            said = minutes
+            say(f"after {minutes} min: {steps} steps, {len([when for when in drive.struck() if when])} faults")
         if seconds is None or time.monotonic() - began <= seconds:
             return False
         if spared_at is None:

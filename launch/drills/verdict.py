@@ -19,6 +19,7 @@ from launch.drills.drive import Attempt, Evidence
 from launch.drills.fault import Action, Fault
 from launch.drills.scenarios import STEPS, Again, Scenario
 from launch.metrics import read_jsonl
+from launch.resume import STAGES
 from launch.run_folder import RunFolder
 from parallel.checkpoint import damage, published
 
@@ -37,8 +38,8 @@ class Ending:
 class Verdict:
     """``detected_s``, ``forward_s`` and ``recovered_s``: seconds from the fault until it was noticed, until the first
     rank that was started again began a forward, and until the first step after it was done; where the user starts the
-    run again, the last two count from that start, and so does ``detected_s`` for a damaged checkpoint. ``problems``:
-    why it is not passed."""
+    run again, the last two count from that start, and so does ``detected_s`` for a damaged checkpoint. ``stages_s``:
+    what the launcher's recovery consisted of, from ``launch.resume.STAGES``. ``problems``: why it is not passed."""
 
     scenario: str
     bitwise_equal: bool
@@ -46,6 +47,7 @@ class Verdict:
     detected_s: float | None = None
     forward_s: float | None = None
     recovered_s: float | None = None
+    stages_s: dict[str, float | None] = field(default_factory=lambda: dict.fromkeys(STAGES))
     lost_steps: int | None = None
     leftovers: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -55,9 +57,14 @@ class Verdict:
         return not self.problems
 
     def as_dict(self) -> dict[str, Any]:
-        times = ("detected_s", "forward_s", "recovered_s")
-        keys = (*times, "lost_steps", "bitwise_equal", "culprit", "leftovers", "problems")
-        return {"scenario": self.scenario, "passed": self.passed, **{key: getattr(self, key) for key in keys}}
+        keys = ("forward_s", "recovered_s", "lost_steps", "bitwise_equal", "culprit", "leftovers", "problems")
+        return {
+            "scenario": self.scenario,
+            "passed": self.passed,
+            "detected_s": self.detected_s,
+            **{f"{stage}_s": seconds for stage, seconds in self.stages_s.items()},
+            **{key: getattr(self, key) for key in keys},
+        }
 
 
 def ending(folder: RunFolder, steps: int = STEPS) -> Ending:
@@ -145,8 +152,10 @@ def _time(verdict: Verdict, scenario: Scenario, evidence: Evidence) -> None:
         verdict.forward_s = first_after(again.began, evidence.forwards)
     elif struck is not None and scenario.again is Again.LAUNCHER:
         verdict.forward_s = first_after(struck, evidence.forwards)
-        recovered = _when(events, "recovery")
-        verdict.recovered_s = None if recovered is None else _seconds(recovered - struck)
+        recovery = next((event for event in events if event.get("event") == "recovery"), None)
+        if recovery is not None:
+            verdict.recovered_s = _seconds(time_of(recovery) - struck)
+            verdict.stages_s = {stage: round(seconds, 2) for stage, seconds in recovery["stages"].items()}
     elif struck is not None and (recovered := _when(events, "recovery")) is not None:
         verdict.recovered_s = _seconds(recovered - struck)
     if scenario.damage is not None:

@@ -47,8 +47,10 @@ class Together:
         self.recovering: Failure | None = None
         self.begun = False
         self._attempt, self._place = 0, -1
-        self._noticed: float | None = None
-        self._announced: tuple[int | None, int] = -1, 0
+        self._own: Failure | None = None
+        """How the attempt before ended, as it looked from here, where this node had ranks in it."""
+        self._announced: tuple[int | None, int, bool] = -1, 0, False
+        self._told = 0
         self._said_short = 0
         rendezvous.register()
 
@@ -78,13 +80,14 @@ class Together:
         while True:
             view = member.view
             me = view.members.get(member.name)
+            self._tell_ending(view)
             if view.closed:
                 return 128 + view.stop if view.stop is not None else view.over
             if me is None:
                 self._join_again()
                 continue
             place = me.place
-            self._announce(view, place)
+            self._announce(view, place, me.cut)
             if me.ready != view.attempt:
                 member.look(lambda roster: self._be_ready(roster))
             elif view.running and place is not None:
@@ -95,7 +98,7 @@ class Together:
                 return None
             elif view.running:  # a spare waits for as long as the others train
                 self._take(view, place)
-                since = time.monotonic()
+                self._own, since = None, time.monotonic()
                 member.wait()
             elif time.monotonic() - since > self._config.recovery.node_wait_seconds:
                 member.look(self._give_up)
@@ -146,8 +149,7 @@ class Together:
         if failure is None:
             self.member.look(self._finish)
             return 0
-        own = self._journal.explained(failure)
-        self._noticed = own.noticed
+        own = self._own = self._journal.explained(failure)
         if own.status == REGROUPED:
             self.member.end(self._regrouping())
         self._agree(own)
@@ -157,23 +159,29 @@ class Together:
             return FAILED
         if view.stop is not None or self.member.given_up:
             return None
-        agreed = self._last_failure(view, own.noticed)
-        assert agreed is not None, view
-        if view.ending is not None and view.ending.planned:
-            pass  # the next attempt says what it is
-        elif self.member.speaks and view.over is None:
-            self._journal.say_restart(agreed.cause, view.restarts)
-        elif self.member.speaks and view.ending is not None and view.ending.can_recover:
-            say_the_end(agreed, view.max_restarts)
+        self._tell_ending(view)
         return view.over
+
+    def _tell_ending(self, view: Roster) -> None:
+        """Once an attempt: how the one before ended, by the node that speaks, which may be one that was spare then."""
+        ending = view.ending
+        if view.attempt == self._told or ending is None or view.stop is not None:
+            return
+        self._told = view.attempt
+        if ending.planned or not self.member.speaks:  # the next attempt says what it is
+            return
+        if view.over is None:
+            self._journal.say_restart(ending.cause, view.restarts)
+        elif ending.can_recover:
+            say_the_end(Failure(ending.rank, ending.status, ending.cause, 0.0), view.max_restarts)
 
     def _last_failure(self, view: Roster, seen: float) -> Failure | None:
         """What ended the attempt before, in all words that nodes share; ``seen``: when this node saw it, unless it had
         ranks in it."""
         if view.ending is None:
             return None
-        noticed = seen if self._noticed is None else self._noticed
-        return Failure(view.ending.rank, view.ending.status, view.ending.cause, noticed)
+        noticed, ended = (seen, seen) if self._own is None else (self._own.noticed, self._own.ended)
+        return Failure(view.ending.rank, view.ending.status, view.ending.cause, noticed, ended=ended)
 
     def _agree(self, own: Failure) -> None:
         """Return once it is known why the attempt ended. What this node knows is said at once if it is a cause; if its
@@ -241,19 +249,27 @@ class Together:
 
     def _join_again(self) -> None:
         """The others went on without this node: what its memory holds is of ranks that others may be now."""
-        self._noticed = None
+        self._own = None
         print("this node was given up by the others, as nothing was heard of it; it joins again", file=sys.stderr)
         if self._keeper is not None:
             self._keeper.clear()
         self.member.join()
 
-    def _announce(self, view: Roster, place: int | None) -> None:
+    def _announce(self, view: Roster, place: int | None, cut: bool) -> None:
         if view.attempt > view.first and not view.running and len(view.reachable) < view.places:
             self._say_short(view)
-        if (place, view.places) == self._announced:
+        if (place, view.places, cut) == self._announced:
             return
-        self._announced = place, view.places
+        self._announced = place, view.places, cut
         there = f"{len(view.placed())} of {view.places} nodes are there"
+        if cut:
+            print(
+                f"this node ({self.member.host}) was cut off: it does not reach {len(view.reachable)} nodes, which go "
+                "on; its ranks were ended, and it waits to reach them again",
+                file=sys.stderr,
+                flush=True,
+            )
+            return
         if place is None:
             print(f"spare node ({self.member.host}): {there}", file=sys.stderr, flush=True)
             return

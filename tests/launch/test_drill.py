@@ -196,6 +196,14 @@ def test_a_fault_that_would_never_happen_is_refused(fault: Fault, rule: str) -> 
     Plan(Path(), (Fault(Action.KILL, 0, 6, point),)).check(config)
 
 
+def test_a_fault_that_is_planned_twice_is_refused() -> None:
+    config = drive.drilled(load(drill.DEFAULT, drill.SHRUNK), Path("run"))
+    fault = Fault(Action.KILL, 0, 6, Point.FORWARD, wait_seconds=20.0)
+    Plan(Path(), (fault, replace(fault, wait_seconds=30.0))).check(config)
+    with pytest.raises(ConfigError, match=r"KILL of rank 0 at forward in step 6 would never happen twice: .* 2 times"):
+        Plan(Path(), (fault, fault)).check(config)
+
+
 def _checkpoint(folder: Path, step: int) -> Path:
     path = folder / f"step-{step:08d}"
     state = {"master.weight": torch.randn(4096), "first_moment.weight": torch.zeros(8192)}
@@ -226,7 +234,7 @@ def _evidence(tmp_path: Path, **changes: object) -> Evidence:
     folder.events.write("start", world_size=4)
     folder.events.write("failure", rank=3, cause="rank 3 was ended by SIGKILL", step=5)
     folder.events.write("resume", step=4)
-    folder.events.write("recovery", step=5)
+    folder.events.write("recovery", step=5, stages={"stop": 0.111, "regroup": 0.2, "load": 0.3, "step": 0.4})
     whole = Evidence(folder, [Attempt(0.0, 9.0, 2.0, 0, STEPS, "")], [1.0], [0.5, 3.5], (), [])
     return replace(whole, **changes)
 
@@ -239,6 +247,7 @@ def test_a_verdict_names_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(verdict, "ending", lambda folder: end)
     good = judge(scenario, _evidence(tmp_path), GOOD)
     assert good.passed and good.bitwise_equal and (good.lost_steps, good.forward_s) == (1, 2.5)
+    assert good.as_dict().items() >= {"stop_s": 0.11, "regroup_s": 0.2, "load_s": 0.3, "step_s": 0.4}.items()
 
     failed = Attempt(0.0, 9.0, 2.0, 1, 5, "error: no")
     for changes, problem in (

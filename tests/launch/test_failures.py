@@ -17,6 +17,7 @@ import pytest
 from launch import local
 from launch.attempts import Attempts
 from launch.config import load
+from launch.drills.fault import PLAN, Action, Fault, Plan, Point
 from launch.invocation import CLUSTER, ELSEWHERE, Invocation, of_training
 from launch.local import GRACE_SECONDS, _scratch_folder
 from launch.nodes.roster import NodeCount
@@ -70,6 +71,38 @@ def test_a_process_that_is_killed_is_named_and_takes_all_with_it(
     line = error.splitlines()[-1]
     assert ("started the ranks" if victim == "fork server" else "was ended by SIGKILL") in line
     assert_gone(everyone)
+
+
+def test_a_launcher_that_is_killed_takes_all_with_it(config: Path, start: Start, tmp_path: Path) -> None:
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # with room for the path of a socket
+    process = start(config, *TWO_RANKS, "train.steps=100000", env={**os.environ, "TMPDIR": str(temporary)})
+    wait_for(lambda: len(entries(tmp_path / "run")) >= 1)
+    everyone = descendants(process)
+    assert any(temporary.iterdir())
+    process.kill()
+    process.communicate(timeout=60)
+    assert_gone(everyone)
+    temporary.rmdir()
+
+
+def test_a_rank_that_fails_while_the_run_stops_is_named(config: Path, start: Start, tmp_path: Path) -> None:
+    hold = Fault(Action.HOLD, rank=0, step=3, point=Point.FORWARD)
+    plan = Plan(tmp_path / "plan.json", (hold, Fault(Action.KILL, rank=1, step=3, point=Point.OPTIMIZER)))
+    plan.write()
+    process = start(config, *TWO_RANKS, env={**os.environ, PLAN: str(plan.file)})
+    wait_for(plan.mark(hold).exists)
+    process.terminate()
+    assert process.stderr is not None
+    assert "stopping after this step; asked once more, it stops at once\n" in iter(process.stderr.readline, "")
+    plan.released.touch()
+    _, error = process.communicate(timeout=60)
+    newest = tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert (process.returncode, error.splitlines()[-1]) == (
+        143,
+        f"error: rank 1 was ended by SIGKILL while the run stopped; to go on from {newest}, give the same command",
+    )
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert (events[-1]["event"], events[-1]["rank"]) == ("failure", 1) and events[-1]["step"] in (2, 3)
 
 
 def test_training_goes_on_without_a_checkpoint_if_the_user_said_so_but_does_not_end_without_one(
@@ -134,9 +167,9 @@ def test_a_run_survives_the_terminal_only_under_nohup(config: Path, start: Start
         assert_gone(ranks)
 
 
-def test_what_torchs_launcher_leaves_behind_goes_with_it() -> None:
+def test_what_torchs_launcher_leaves_behind_goes_with_it(tmp_path: Path) -> None:
     before = tempfile.tempdir
-    with _scratch_folder() as scratch:
+    with _scratch_folder(str(tmp_path)) as scratch:
         _, left = tempfile.mkstemp()
         assert Path(left).parent == Path(scratch)
     assert not Path(left).exists() and not Path(scratch).exists()
@@ -154,11 +187,16 @@ def test_ctrl_c_before_there_is_a_rank_says_so_and_leaves_nothing(config: Path, 
     assert list(temporary.iterdir()) == []
 
 
-def test_a_signal_when_all_ranks_are_gone_stops_nothing(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_when_all_ranks_are_gone_stops_nothing(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The last that goes is the fork server, and before it the folder with the flag that says who asked to stop."""
 
     class Server:
-        def __enter__(self) -> None: ...
+        folder = str(tmp_path)
+
+        def __enter__(self) -> "Server":
+            return self
 
         def __exit__(self, *_: object) -> None:
             os.kill(os.getpid(), signal.SIGINT)

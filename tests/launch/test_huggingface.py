@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -298,10 +297,10 @@ def test_a_run_with_a_tokenizer_of_its_own_trains_wherever_it_was_moved(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     for path in ("../moved to here", str(tmp_path / "moved to here")):
-        config = configuration(Namespace(config=path, overrides=["train.steps=7"]))
+        config = configuration(path, ["train.steps=7"])
         assert config.data.tokenizer == f"{path}/{ORIGIN}"
         changes = RunFolder(config).changes(config, open_dataset(config).fingerprint)
         assert changes == ["train.steps: run has 100, given 7"]
         assert load_model(Path(path)).tokenizer.encode(b"b a") == [1, 0]
-    asked = configuration(Namespace(config="../moved to here", overrides=["data.tokenizer=bytes"]))
+    asked = configuration("../moved to here", ["data.tokenizer=bytes"])
     assert asked.data.tokenizer == "bytes"

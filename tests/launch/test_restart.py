@@ -53,8 +53,27 @@ def test_a_run_goes_on_by_itself_until_its_restarts_are_used_up(config: Path, tm
     assert (resume["event"], resume["step"]) == ("resume", 2)
     assert (recovery["event"], recovery["cause"], recovery["step"]) == ("recovery", first["cause"], 3)
     assert 0 < recovery["seconds"] < 60
+    stages = recovery["stages"]
+    assert list(stages) == ["stop", "regroup", "load", "step"] and min(stages.values()) > 0
+    assert sum(stages.values()) == pytest.approx(recovery["seconds"], abs=0.01)
     assert (second["event"], second["rank"], second["step"]) == ("failure", 1, 5)
     assert [entry["step"] for entry in entries(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_has_nothing_to_go_on_from_says_that_it_begins_anew(config: Path, tmp_path: Path) -> None:
+    plan = Plan(tmp_path / "plan.json", (Fault(Action.KILL, 0, 2, Point.BACKWARD),))
+    plan.write()
+    result = subprocess.run(
+        command(config, *ONE_RANK, "train.steps=2", "recovery.max_restarts=1"),
+        cwd=ROOT,
+        env={**os.environ, PLAN: str(plan.file)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0
+    assert result.stdout.count("\nthere is nothing to go on from: the run begins anew\n") == 1
+    assert [entry["step"] for entry in entries(tmp_path / "run")] == [1, 2]
 
 
 def test_a_divergence_is_not_tried_again(config: Path, tmp_path: Path) -> None:
@@ -62,7 +81,7 @@ def test_a_divergence_is_not_tried_again(config: Path, tmp_path: Path) -> None:
     result = train(config, *ONE_RANK, *diverging)
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
-    assert "is not finite" in line
+    assert "is not finite" in line and "; begin anew with another optimizer.learning_rate" in line
     assert (tmp_path / "run" / "events.jsonl").read_text().count('"start"') == 1
 
 
