@@ -37,7 +37,16 @@ def test_asked_in_its_last_step_a_run_ends_at_once_with_status_0(config: Path, s
     assert_gone(everyone)
 
 
-def test_every_rank_gets_each_request_once_and_who_is_deaf_is_killed_after_the_grace(tmp_path: Path) -> None:
+def test_every_rank_gets_each_request_once_and_who_is_deaf_is_killed_after_the_grace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent, send = [], Relay._send
+
+    def noted(rank: psutil.Process, number: int) -> None:
+        sent.append((rank.pid, number))
+        send(rank, number)
+
+    monkeypatch.setattr(Relay, "_send", staticmethod(noted))
     def sleeping(deaf: bool) -> subprocess.Popen[bytes]:
         handler = signal.SIG_IGN if deaf else signal.SIG_DFL
         return subprocess.Popen(["sleep", "60"], preexec_fn=lambda: signal.signal(signal.SIGTERM, handler))
@@ -57,6 +66,8 @@ def test_every_rank_gets_each_request_once_and_who_is_deaf_is_killed_after_the_g
         time.sleep(1)
         relay.pass_on({psutil.Process(deaf.pid)})
         assert deaf.wait(10) == -signal.SIGKILL and relay.out_of_time
+        asked = [(process.pid, signal.SIGTERM) for process in (deaf, first, late)]
+        assert sorted(sent) == sorted([*asked, (deaf.pid, signal.SIGKILL)])
     finally:
         for process in (deaf, first, late):
             process.kill()
