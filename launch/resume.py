@@ -80,6 +80,7 @@ def open_memory(
 
     replica = together(open_regions, (ConfigError,))
     worker.end.readers.append(replica.finish)
+    worker.end.witnesses.append(replica.flips)
     if worker.rank == 0:
         folder.events.write("replica", every=every, bytes=replica.held_bytes, keeper=replica.keeper)
     return replica

@@ -5,8 +5,8 @@ before it, while the copies of a rank are still what it computed with, every sha
 copies: its owner's rounded master. What differs from the most frequent sum is wrong, which names a rank even where
 there are two copies only, as of a twin. The next gather would hide a wrong copy, and spread a wrong master to all.
 
-A flip in the bits of a master that rounding drops, and flips in moments, are not seen here; nor is one in FP8 blocks of
-a weight, which are made anew after every gather.
+A flip in the bits of a master that rounding drops, and flips in moments, are not seen here, but by who has a snapshot
+of them (``replica.py``); nor is one in FP8 blocks of a weight, which are made anew after every gather.
 """
 
 from collections import Counter
@@ -24,7 +24,8 @@ from parallel.collectives import all_gather
 
 @dataclass(frozen=True)
 class Flip:
-    """``rank`` of the world, and which of its values are not what they were: "master weights" or "parameters"."""
+    """``rank`` of the world, and which of its values are not what they were: "master weights", "parameters", or others
+    of which it has a snapshot."""
 
     rank: int
     what: str

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from parallel.activity import collective_timeout
 from parallel.checkpoint import Progress, adopt, pieces
+from parallel.flips import Flip
 from parallel.recovery import Choice, Copy, newest_whole
 from parallel.snapshot import Piece, Snapshot, as_bytes, size_bytes
 from parallel.worker import Worker
@@ -36,6 +37,15 @@ from parallel.worker import Worker
 _PAGE_BYTES = 4096
 _SLOTS = 2
 _BLOCK_BYTES = 1 << 20
+_WHAT = {
+    "rng": "generator",
+    "master": "master weights",
+    "first_moment": "first moments",
+    "second_moment": "second moments",
+    "ema": "average",
+    "bias": "router biases",
+}
+"""What the pieces of a snapshot are, by the first word of their names."""
 
 
 @dataclass(frozen=True)
@@ -136,17 +146,19 @@ class Replica:
         self._snapshots = [Snapshot(self._pieces, slot.values[len(described) :]) for slot in self.own]
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._current: int | None = None
+        """The slot with the snapshot of the state that the rank is in."""
         self.held_bytes = _SLOTS * (self.bytes + (self._about[self.peer][0] if self.kept else 0))
         self.cost = Cost()
 
     def begin(self, progress: Progress) -> None:
         """Take a snapshot of the state as it is, if one is due. ``cost`` is then this one's, and nothing otherwise."""
-        self.cost = Cost()
+        self.cost, self._current = Cost(), None
         if progress.step % self.every:
             return
         assert self._thread is None
         self._rng.copy_(torch.get_rng_state())
-        number = self._number(progress.step)
+        number = self._current = self._number(progress.step)
         self._snapshots[number].mark()
         self._thread = threading.Thread(target=self._run, args=(progress, number), name="replica", daemon=True)
         self._thread.start()
@@ -162,6 +174,19 @@ class Replica:
         self.cost = Cost(self.cost.bytes, time.perf_counter() - began, self.cost.cpu_seconds)
         if self._error is not None:
             raise self._error
+
+    def flips(self) -> list[Flip]:
+        """What of this rank is not as it was when the snapshot of the state that it is in was taken, though nothing has
+        changed it: masters and moments, among others. Nothing where no such snapshot was taken. The snapshot is right
+        if it has its checksum, which the keeper has too. To be called after ``finish``, before the update; not
+        collective."""
+        if self._current is None:
+            return []
+        changed = self._snapshots[self._current].changed()
+        if not changed or not self.own[self._current].is_whole():
+            return []
+        kinds = {self._pieces[number].name.partition(".")[0] for number in changed}
+        return [Flip(self.rank, what) for kind, what in _WHAT.items() if kind in kinds]
 
     def newest(self) -> Choice | None:
         """The newest step that can be restored, every copy of it read and found whole."""
@@ -198,7 +223,9 @@ class Replica:
         return progress
 
     def forget_after(self, step: int) -> None:
-        """Drop what is of later steps: they will be taken again, maybe with other bits."""
+        """Drop what is of later steps: they will be taken again, maybe with other bits. The rank is in another state
+        now than the last snapshot."""
+        self._current = None
         for slot in [*self.own, *self.kept]:
             mark = slot.mark()
             if mark is not None and mark.step > step:

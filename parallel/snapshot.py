@@ -68,6 +68,11 @@ class Snapshot:
             self._copy()
         self._stream.synchronize()
 
+    def changed(self) -> list[int]:
+        """Which of the pieces, by number, are not to the bit what was copied last; or their copies are not."""
+        pairs = enumerate(zip(self.tensors, self._sources, strict=True))
+        return [n for n, (copy, source) in pairs if not torch.equal(_bits(copy).to(source.device), _bits(source))]
+
     def _copy(self) -> None:
         for target, source in zip(self.tensors, self._sources, strict=True):
             if source.is_cuda:
@@ -89,6 +94,11 @@ def size_bytes(pieces: Sequence[Piece]) -> int:
 def as_bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The bytes of a one-dimensional tensor on the CPU, a view."""
     return tensor.detach().view(torch.uint8).numpy()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Integers of the same bits, a view: two NaN are as different as their bits."""
+    return tensor.detach().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
 
 
 def _aligned(length: int) -> int:

@@ -86,8 +86,9 @@ class StepEnd:
     """Runs the end of a step. ``begin`` before each program; ``sums`` after it, and ``refusal``, None when the step was
     taken: otherwise masters, moments, biases and average are what they were. ``layers``: of the model, with those of
     multi-token prediction; ``readers``: called before the masters change, each returns when it has read what it still
-    needs of them; ``ends``: the bucket that first and last stage share, if there is one; ``average``: of the masters,
-    if one is kept: it takes in every step.
+    needs of them; ``witnesses``: called after these in a step in which flips are looked for, each returns those of this
+    rank that it knows of; ``ends``: the bucket that first and last stage share, if there is one; ``average``: of the
+    masters, if one is kept: it takes in every step.
 
     That bucket's gradients are whole once all of the rank's stages are, so it is reduced after the last of them, and
     gathered so: it is behind everything else on every rank that has it, and no two wait for each other crosswise.
@@ -112,6 +113,7 @@ class StepEnd:
         self.held, self.optimizer, self.layers, self.clip_norm = held, optimizer, layers, clip_norm
         self.traffic, self.stream, self.ends = traffic, stream, ends
         self.readers: list[Callable[[], None]] = []
+        self.witnesses: list[Callable[[], list[Flip]]] = []
         self.average: Average | None = None
         self.activity = Activity() if activity is None else activity
 
@@ -159,7 +161,10 @@ class StepEnd:
                     held.reducing.wait()
         for finish_reading in self.readers:
             finish_reading()
-        found = flips.find(self.optimizer.buckets, self.activity) if self._compare else []
+        found = []
+        if self._compare:
+            found = flips.find(self.optimizer.buckets, self.activity)
+            found += [flip for witness in self.witnesses for flip in witness() if flip not in found]
         with self.activity.waiting("sums of the step", self.activity.ranks):
             self.sums = self._sums(len(found), computed_s)
         self.refusal = self._refusal(found)

@@ -57,6 +57,8 @@ class Action(enum.Enum):
     """The rank's loss is far too large, and its gradients point away from where they did."""
     FLIP = "master weights"
     """One bit of the rank's largest master weight changes: its value doubles, or halves."""
+    FLIP_MOMENT = "second moments"
+    """One bit of the rank's largest second moment changes, which no weight shows before the next update."""
     STOP = "silent"
     """SIGSTOP: the process is there, and does nothing more."""
     HANG = "did not come"

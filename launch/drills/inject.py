@@ -289,6 +289,11 @@ def _act(action: Action, here: _Here) -> None:
         case Action.FLIP:
             words = worker.optimizer.buckets[0].master.view(torch.int32)
             words[worker.optimizer.buckets[0].master.abs().argmax()] ^= 1 << 23  # the lowest of the exponent
+        case Action.FLIP_MOMENT:
+            if here.replica is not None:
+                here.replica.finish()  # what changes before it is copied, the copy has too
+            moment = worker.optimizer.second[0]
+            moment.view(torch.int16 if moment.element_size() == 2 else torch.int32)[moment.argmax()] ^= 1
         case Action.STOP:
             os.kill(os.getpid(), signal.SIGSTOP)
         case Action.HANG:

@@ -238,6 +238,18 @@ _ALL = (
         RecoveryConfig(max_bad_steps=1, hash_every=1),
         False,
     ),
+    replace(
+        _goes_bad(
+            "flipped-moment",
+            Action.FLIP_MOMENT,
+            Point.BACKWARD,
+            "last bit of a second moment of the last rank flipped",
+            RecoveryConfig(max_bad_steps=1, hash_every=1),
+            False,
+        ),
+        replicated=True,
+        restarts=1,
+    ),
     Scenario(
         "disk-full",
         "no room for the last rank's shard",

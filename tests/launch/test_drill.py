@@ -59,7 +59,7 @@ def two_ranks(config: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_whatever_is_broken_does_not_show_in_the_end(
     two_ranks: Path, temporary: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = ["kill-optimizer", "kill-restart", "bit-flip", "lose-memory", "stop", "nan", "flipped-master", "slow-5x"]
+    names = ["kill-optimizer", "kill-restart", "bit-flip", "lose-memory", "stop", "nan", "flipped-moment", "slow-5x"]
     status = drill.main([*names, "--config", str(two_ranks), "--json"])
     out, error = capsys.readouterr()
     assert status == 0, out + error
@@ -67,7 +67,7 @@ def test_whatever_is_broken_does_not_show_in_the_end(
     assert list(verdicts) == names
     for name, found in verdicts.items():
         assert found["passed"] and found["bitwise_equal"] and found["leftovers"] == [], name
-        if name not in ("nan", "flipped-master", "slow-5x"):
+        if name not in ("nan", "flipped-moment", "slow-5x"):
             assert 0 < found["detected_s"] < found["recovered_s"] and 0 < found["forward_s"] < found["recovered_s"], (
                 name
             )
@@ -78,13 +78,13 @@ def test_whatever_is_broken_does_not_show_in_the_end(
     assert re.fullmatch(r"rank 1 is slow: [3-9]\.\d times", culprits["slow-5x"])
     assert "rank 1 is silent, stopped by a signal" in culprits["stop"]
     assert culprits["nan"] == "loss or gradient is not finite (step 6)", "as if its batch had been left out as planned"
-    assert culprits["flipped-master"] == "bits changed by themselves: master weights of rank 1 (step 6)"
+    assert culprits["flipped-moment"] == "bits changed by themselves: second moments of rank 1 (step 6)"
     lost = {name: found["lost_steps"] for name, found in verdicts.items()}
     assert lost["lose-memory"] <= 1, "no checkpoint was there, and the memory of the rank's peer was"
     # Step 5 was done and no checkpoint had it; the rank that lives may be done with 6. With the checkpoint of step 4
     # damaged, 3 and 4 go too.
     assert lost["kill-optimizer"] in (1, 2) and lost["bit-flip"] == 3
-    assert (lost["nan"], lost["flipped-master"], lost["kill-restart"], lost["slow-5x"]) == (1, 1, 1, 0)
+    assert (lost["nan"], lost["flipped-moment"], lost["kill-restart"], lost["slow-5x"]) == (1, 1, 1, 0)
     assert list(temporary.iterdir()) == []
 
 

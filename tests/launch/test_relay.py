@@ -47,6 +47,7 @@ def test_every_rank_gets_each_request_once_and_who_is_deaf_is_killed_after_the_g
         send(rank, number)
 
     monkeypatch.setattr(Relay, "_send", staticmethod(noted))
+
     def sleeping(deaf: bool) -> subprocess.Popen[bytes]:
         handler = signal.SIG_IGN if deaf else signal.SIG_DFL
         return subprocess.Popen(["sleep", "60"], preexec_fn=lambda: signal.signal(signal.SIGTERM, handler))

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from launch.drills.verdict import _state
 from parallel.activity import collective_timeout
 from parallel.checkpoint import Progress, load, published
+from parallel.flips import Flip
 from parallel.mesh import Layout
 from parallel.replica import Mark, Replica, Slot, left_in, region
 from parallel.rescue import rescue
@@ -34,6 +35,7 @@ def opened(rank: int, folder: Path, seed: int) -> tuple[Worker, Replica]:
     worker = Worker(replace(JOB, seed=seed), rank)
     replica = Replica(worker, 1, folder / f"own-{rank}", folder / f"kept-{rank}")
     worker.end.readers.append(replica.finish)
+    worker.end.witnesses.append(replica.flips)
     return worker, replica
 
 
@@ -146,6 +148,75 @@ def rescued(folder: Path) -> None:
             assert load(path, worker) == Progress(newest, BATCH * newest)
         if path is not None and newest == 3:
             assert _state(path) == _state(folder / "checkpoints" / path.name)
+
+
+STRUCK = 2
+
+
+def flipped(rank: int, folder: Path) -> dict[str, Any]:
+    """For a flip of one bit in each kind of value, the lowest of the largest: who is called, and whether the same step
+    is taken once the bit is back. Then what is no flip of the state that the rank is in."""
+    (folder / f"own-{rank}").touch()
+    (folder / f"kept-{rank}").touch()
+    worker, replica = opened(rank, folder, seed=5)
+    optimizer, done = worker.optimizer, 0
+    assert worker.average is not None
+    values = {
+        "master weights": optimizer.buckets[0].master,
+        "first moments": optimizer.first[0],
+        "second moments": optimizer.second[0],
+        "average": worker.average.shards[0],
+    }
+    found: dict[str, Any] = {}
+
+    def take(**options: Any) -> tuple[Flip, ...]:
+        nonlocal done
+        refusal = step(worker, done, compare=True, **options).refusal
+        if refusal is None:
+            done += 1
+        return () if refusal is None else refusal.flips
+
+    def snap() -> None:
+        replica.begin(Progress(done, BATCH * done))
+        replica.finish()
+
+    def turn(value: torch.Tensor) -> None:
+        words = value.view(torch.int16 if value.element_size() == 2 else torch.int32)
+        words[at[value.data_ptr()]] ^= 1
+
+    take()
+    snap()
+    at = {value.data_ptr(): int(value.abs().argmax()) for value in values.values()}
+    for what, value in values.items():
+        if rank == STRUCK:
+            turn(value)
+        named = take()
+        if rank == STRUCK:
+            turn(value)
+        dist.barrier()
+        found[what] = named, take()
+        snap()
+    if rank == STRUCK:
+        spoil(replica.own, done)
+    found["the snapshot"] = take()
+    snap()
+    optimizer.second[0].mul_(0.5)  # as a return to an earlier step would
+    replica.forget_after(0)
+    found["another state"] = take()
+    replica.every = 2
+    for _ in range(2):
+        snap()
+        if done % 2:
+            optimizer.second[0].mul_(0.5)  # nothing is known of it
+        assert take() == ()
+    return found
+
+
+def test_a_bit_that_flips_after_the_snapshot_is_named_with_its_rank(tmp_path: Path) -> None:
+    for found in run_ranks(flipped, 4, tmp_path):
+        for what in ("master weights", "first moments", "second moments", "average"):
+            assert found.pop(what) == ((Flip(STRUCK, what),), ()), what
+        assert found == {"the snapshot": (), "another state": ()}
 
 
 def test_a_torn_mark_holds_nothing_and_a_region_keeps_what_is_in_it(tmp_path: Path) -> None:
