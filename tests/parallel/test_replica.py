@@ -201,10 +201,10 @@ def flipped(rank: int, folder: Path) -> dict[str, Any]:
     found["the snapshot"] = take()
     snap()
     optimizer.second[0].mul_(0.5)  # as a return to an earlier step would
-    replica.forget_after(0)
+    replica.forget_after(done)
     found["another state"] = take()
     replica.every = 2
-    for _ in range(2):
+    for _ in range(3):
         snap()
         if done % 2:
             optimizer.second[0].mul_(0.5)  # nothing is known of it
