@@ -19,6 +19,12 @@ stop.ONE_REQUEST_SECONDS = 0.5
 request = stop.StopRequest(sys.argv[1] == "leads", lambda: "there is nothing")
 request.graceful = sys.argv[2] == "graceful"
 print("ready", flush=True)
+if sys.argv[2] == "hushed":
+    request.graceful = True
+    assert request.wait_for(signal.SIGTERM, 20)
+    request.hush()
+    print(request.wait_for(signal.SIGTERM, 0.7), flush=True)
+    sys.exit(0 if request.wait_for(signal.SIGTERM, 20) else 1)
 lock = ctypes.pythonapi.PyThread_allocate_lock
 lock.restype = ctypes.c_void_p
 acquire = ctypes.CDLL(None).PyThread_acquire_lock
@@ -79,6 +85,16 @@ def test_asked_twice_a_rank_ends_though_its_step_does_not() -> None:
         process.wait(0.7)
     process.send_signal(signal.SIGINT)
     assert ends(process, 130).endswith("stopped at once; there is nothing\n")
+
+
+def test_a_rank_that_fails_while_it_stops_waits_to_be_asked_anew() -> None:
+    process = rank(state="hushed")
+    ready(process)
+    process.terminate()
+    assert process.stdout is not None
+    assert process.stdout.readline() == "False\n"
+    process.terminate()
+    assert process.wait(20) == 0
 
 
 def test_one_rank_speaks_for_all() -> None:
