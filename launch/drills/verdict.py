@@ -163,8 +163,18 @@ def _time(verdict: Verdict, scenario: Scenario, evidence: Evidence) -> None:
     elif scenario.again is Again.NOBODY:
         since, seen = struck, _when(events, "bad step") or _when(events, "slow rank")
     else:
-        since, seen = struck, _when(events, "failure") if scenario.status in (0, 1) else first.ended
+        since, seen = struck, _noticed(events) if scenario.status in (0, 1) else first.ended
     verdict.detected_s = None if since is None or seen is None else _seconds(seen - since)
+
+
+def _noticed(events: list[dict[str, Any]]) -> float | None:
+    """When the first failure was. Its entry is written once all ranks have ended; the recovery from it knows better,
+    where no other failure came between."""
+    names = [event.get("event") for event in events]
+    if names.count("failure") == 1 and "recovery" in names:
+        recovery = events[names.index("recovery")]
+        return time_of(recovery) - float(recovery["seconds"])
+    return _when(events, "failure")
 
 
 def _lost(scenario: Scenario, evidence: Evidence, events: list[dict[str, Any]]) -> int | None:

@@ -234,7 +234,9 @@ def _evidence(tmp_path: Path, **changes: object) -> Evidence:
     folder.events.write("start", world_size=4)
     folder.events.write("failure", rank=3, cause="rank 3 was ended by SIGKILL", step=5)
     folder.events.write("resume", step=4)
-    folder.events.write("recovery", step=5, stages={"stop": 0.111, "regroup": 0.2, "load": 0.3, "step": 0.4})
+    folder.events.write(
+        "recovery", step=5, seconds=1.0, stages={"stop": 0.111, "regroup": 0.2, "load": 0.3, "step": 0.4}
+    )
     whole = Evidence(folder, [Attempt(0.0, 9.0, 2.0, 0, STEPS, "")], [1.0], [0.5, 3.5], (), [])
     return replace(whole, **changes)
 
