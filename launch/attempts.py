@@ -11,8 +11,7 @@ from typing import Any, Protocol
 from launch import train
 from launch.config import Config
 from launch.hang import Elsewhere, Readings
-from launch.launcher import Failure
-from launch.metrics import read_jsonl
+from launch.launcher import LOST_SERVER, Failure
 from launch.nodes.smaller import Share
 from launch.run_folder import RunFolder
 from parallel.checkpoint import step_of
@@ -36,10 +35,6 @@ class Attempts(Elsewhere, Protocol):
     @property
     def start(self) -> str | None:
         """Of the command, where it was given on several nodes: the same for all of them."""
-
-    @property
-    def begun(self) -> bool:
-        """Whether an attempt has ended."""
 
     def asked_to_stop(self, number: int) -> None:
         """Signal ``number`` was sent to this launcher; called where nothing can be waited for."""
@@ -75,7 +70,6 @@ class Alone:
     start = None
 
     def __init__(self, config: Config) -> None:
-        self.begun = False
         self.share = Share(1, config.layout.world_size, config.layout)
         self.recovering: Failure | None = None
         self._journal = Journal(config)
@@ -110,7 +104,6 @@ class Alone:
         pass
 
     def settle(self, failure: Failure | None) -> int | None:
-        self.begun = True
         if failure is None:
             return 0
         if not failure.can_recover:
@@ -155,16 +148,13 @@ class Journal:
 
     def note(self, rank: int | None, cause: str, event: str = "failure", **details: Any) -> None:
         """Record how an attempt ended, if there is a folder to record it in; on the screen it is said anyway."""
-        steps = read_jsonl(self._folder.metrics_file)
         with contextlib.suppress(OSError):
-            step = steps[-1]["step"] if steps else 0
-            self._folder.events.write(event, rank=rank, cause=cause, step=step, **details)
+            self._folder.events.write(event, rank=rank, cause=cause, step=self._folder.last_step(), **details)
 
     def note_out_of_time(self, asked: signal.Signals) -> None:
         """Say and record that ranks were killed ``recovery.grace_seconds`` after signal ``asked``."""
         grace, newest = self._config.recovery.grace_seconds, self._folder.newest_checkpoint()
-        steps = read_jsonl(self._folder.metrics_file)
-        last, saved = (steps[-1]["step"] if steps else 0), (0 if newest is None else step_of(newest))
+        last, saved = self._folder.last_step(), (0 if newest is None else step_of(newest))
         lost = f"steps {saved + 1} to {last} have no checkpoint" if last > saved else "their step is lost"
         with contextlib.suppress(OSError):
             self._folder.events.write(
@@ -190,8 +180,9 @@ class Journal:
 
 
 def status_of(failure: Failure) -> int:
-    """The command's, for a failure that ends the run."""
-    return train.USER_ERROR if failure.status == train.USER_ERROR else train.FAILED
+    """The command's, for a failure that ends the run. Ranks may have been asked to stop by others than the launcher."""
+    stopped = 128 < failure.status < LOST_SERVER
+    return failure.status if stopped or failure.status == train.USER_ERROR else train.FAILED
 
 
 def say_the_end(failure: Failure, most: int) -> None:

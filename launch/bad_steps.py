@@ -81,9 +81,9 @@ def read_found(file: Path) -> list[int]:
         return []
     try:
         found = json.loads(file.read_text())["first_sequences"]
-        if not all(type(position) is int and position >= 0 for position in found):
+        if type(found) is not list or not all(type(position) is int and position >= 0 for position in found):
             raise TypeError("first_sequences must be counts")
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"run.dir has a damaged {file} ({error!r})") from None
     return list(found)
 

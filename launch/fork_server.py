@@ -71,6 +71,13 @@ class ForkServer:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
+    def end_if_it_hides_an_end(self) -> None:
+        """Kill a server that a signal has stopped while a rank of it is over: nobody would ever hear of that."""
+        for server in self._servers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if server.status() == psutil.STATUS_STOPPED and any(map(_is_over, server.children())):
+                    server.kill()
+
     def ranks(self) -> set[psutil.Process]:
         """The processes that it forked and that are not over."""
         found: set[psutil.Process] = set()
@@ -78,6 +85,13 @@ class ForkServer:
             with contextlib.suppress(psutil.NoSuchProcess):
                 found.update(server.children())
         return found
+
+
+def _is_over(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 @contextlib.contextmanager

@@ -41,6 +41,7 @@ from launch.memory_file import MemoryFile
 from launch.nodes.roster import NodeCount
 from launch.nodes.together import Together
 from launch.relay import Relay
+from launch.run_folder import RunFolder
 from launch.stop import heed_no_more, heeded, say_between_attempts, say_not_begun
 
 GRACE_SECONDS = 5.0
@@ -176,6 +177,7 @@ class _Watch:
             alive = self._server.ranks()
             self._seen |= alive
             self._relay.pass_on(alive)
+            self._server.end_if_it_hides_an_end()
             if self._look is not None and self.hang is None:
                 self._end_hanging(self._look)
             if self._seen - alive:
@@ -220,7 +222,7 @@ class _Watch:
 
 
 def _start(config: Config, arguments: argparse.Namespace, launcher: Launcher, attempts: Attempts, node: _Node) -> int:
-    _pass_signals_on(node.relay, attempts)
+    _pass_signals_on(node.relay, attempts, RunFolder(config))
     while (status := attempts.wait()) is None:
         launcher = replace(launcher, recovering=attempts.recovering, start=attempts.start, wanted=config.layout)
         failure = _attempt(config, arguments, launcher, attempts, node)
@@ -251,7 +253,7 @@ def _attempt(
             failure = _failure(*error.get_first_failure(), watch)
         except (RendezvousError, DistError) as error:  # another node ended before it had come to the store
             failure = Failure(None, train.FAILED, f"the nodes did not meet: {error}", time.monotonic(), follows=True)
-    if relay.signal is None:
+    if relay.signal is None or failure.status == train.USER_ERROR:  # the last checkpoint could not be written
         return replace(failure, ended=time.monotonic())
     if relay.complete.is_set():
         return None
@@ -269,7 +271,7 @@ def _failure(rank: int, first: ProcessFailure, watch: _Watch) -> Failure:
     return Failure(rank, first.exitcode, cause, noticed, follows=watch.elsewhere)
 
 
-def _pass_signals_on(relay: Relay, attempts: Attempts) -> None:
+def _pass_signals_on(relay: Relay, attempts: Attempts, folder: RunFolder) -> None:
     """Have ``relay`` hear the signals that stop a run. Where there is no rank to pass them on to, they end the launcher
     at once, but for a run that is complete."""
 
@@ -279,7 +281,7 @@ def _pass_signals_on(relay: Relay, attempts: Attempts) -> None:
         attempts.asked_to_stop(number)
         if multiprocessing.active_children() or relay.complete.is_set():
             return
-        say_between_attempts() if attempts.begun else say_not_begun()
+        say_between_attempts() if folder.has_steps() else say_not_begun()
         raise SignalException("asked to stop", sigval=signal.Signals(number))
 
     for heard in heeded():

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from launch.config import Config, ConfigError, dump, load, show
-from launch.metrics import EventLog
+from launch.metrics import EventLog, read_jsonl
 from launch.resume_rules import resume_differences
 from launch.whole_file import write_whole
 
@@ -90,6 +90,11 @@ class RunFolder:
     def has_steps(self) -> bool:
         """Whether a step was ever done in it."""
         return self.metrics_file.exists() and self.metrics_file.stat().st_size > 0
+
+    def last_step(self) -> int:
+        """The last one in the metrics; 0 for none. A line without one is somebody else's."""
+        steps = (entry.get("step") for entry in reversed(read_jsonl(self.metrics_file)))
+        return next((step for step in steps if type(step) is int), 0)
 
     def _has_trained(self) -> bool:
         return self.has_steps() or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))

@@ -81,6 +81,7 @@ class StopRequest:
         """Set by SIGTERM, whoever sent it."""
         self._leads, self._outlook, self._asked = leads, outlook, asked
         self._when, self._hushed = 0.0, False
+        self._terminations = 0
         arrivals, wakeup = os.pipe()
         os.set_blocking(wakeup, False)
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
@@ -91,16 +92,20 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {*heard, signal.SIGQUIT})
 
     def hush(self) -> None:
-        """Say nothing from here on, and end at no signal: the process is about to end for a reason of its own. What it
-        was asked before does not count any more."""
-        self.graceful, self._leads, self._hushed, self.signal = True, False, True, None
+        """Say nothing from here on, and end at no signal: the process is about to end for a reason of its own."""
+        self.graceful, self._leads, self._hushed = True, False, True
 
-    def wait_for(self, number: int, seconds: float) -> bool:
-        """Whether the rank was asked to stop by signal ``number``, by the end of so many seconds at the latest."""
+    def wait_to_be_ended(self, seconds: float) -> bool:
+        """Whether SIGTERM came, but for that which asked the run to stop, by the end of so many seconds at the latest:
+        torch sends it to those that outlive another rank, maybe before they miss it."""
         deadline = time.monotonic() + seconds
-        while self.signal != number and time.monotonic() < deadline:
+        while not self._ended() and time.monotonic() < deadline:
             time.sleep(0.05)
-        return self.signal == number
+        return self._ended()
+
+    def _ended(self) -> bool:
+        asked = self.signal == signal.SIGTERM and self._asked is not None and self._asked.is_set()
+        return self._terminations > int(asked)
 
     def _watch(self, arrivals: int, heard: list[signal.Signals]) -> None:
         while True:
@@ -110,20 +115,25 @@ class StopRequest:
 
     def _receive(self, number: int) -> None:
         if number == signal.SIGTERM:
+            self._terminations += 1
             self.terminated.set()
         if not self.graceful:
-            if self._leads:
+            if self._leads and self._is_asked(number):
                 say_not_begun()
             os._exit(128 + number)
         if self.signal is None:
             self.signal, self._when = number, time.monotonic()
-            if number != signal.SIGTERM or self._asked is None or self._asked.wait(ASKED_SECONDS):
+            if self._is_asked(number):
                 self._say("stopping after this step; asked once more, it stops at once")
         elif not self._hushed and time.monotonic() - self._when > ONE_REQUEST_SECONDS:
             try:
                 self._say(f"stopped at once; {self._outlook()}")
             finally:
                 os._exit(128 + number)
+
+    def _is_asked(self, number: int) -> bool:
+        """Whether a person asked, by signal ``number``."""
+        return number != signal.SIGTERM or self._asked is None or self._asked.wait(ASKED_SECONDS)
 
     def _say(self, text: str) -> None:
         if self._leads:

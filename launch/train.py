@@ -12,7 +12,7 @@ its part of them, where the same command runs on several.
 import argparse
 import errno
 import os
-import signal
+import resource
 import socket
 import sys
 import time
@@ -122,6 +122,8 @@ def configuration(given: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def as_launcher(arguments: argparse.Namespace) -> int:
     """Refuse what can be refused before any rank exists, then start all ranks on this machine."""
+    # A store that is lost with its node is noticed and said; torch would print the stack of each thread that misses it.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         stop.end_at_once()
         config = configuration(arguments.config, arguments.overrides)
@@ -135,6 +137,11 @@ def as_launcher(arguments: argparse.Namespace) -> int:
     except stop.Stopped as stopped:
         stop.say_not_begun()
         return 128 + stopped.number
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return _refuse(ConfigError(f"this process may have {most} open files, which is too few: raise `ulimit -n`"))
     finally:
         stop.heed_no_more()
 
@@ -252,12 +259,12 @@ def _fail(folder: RunFolder, rank: int, error: Exception, request: stop.StopRequ
     except OSError:
         traceback.print_exception(error)
     if not isinstance(error, LostPeer):
-        if lost_peer and request.wait_for(signal.SIGTERM, LOST_PEER_SECONDS):
+        if lost_peer and request.wait_to_be_ended(LOST_PEER_SECONDS):
             return FAILED
         line = "lost a peer" if lost_peer else f"{type(error).__name__}: {line}"
     print(f"error: rank {rank}: {line}{place}", file=sys.stderr, flush=True)
     if isinstance(error, LostPeer) and not error.timed_out:
-        request.wait_for(signal.SIGTERM, LOST_PEER_SECONDS)
+        request.wait_to_be_ended(LOST_PEER_SECONDS)
     return FAILED
 
 

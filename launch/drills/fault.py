@@ -6,6 +6,7 @@ whose folder lies beside that file: left in a shell by accident, the variable st
 
 import enum
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -167,6 +168,10 @@ class Plan:
                 raise ConfigError(f"the fault {what} would never happen: nothing before it ends a rank")
             if (fault.action is Action.SKIP) != (fault.point is Point.GATHER):
                 raise ConfigError(f"the fault {what} would never happen: what is left out is a gather, and only that")
+            if fault.action is Action.SLOW and fault.times <= 1:
+                raise ConfigError(f"the fault {what} would never happen: times={fault.times:g} is no slower")
+            if fault.wait_seconds < 0:
+                raise ConfigError(f"the fault {what} would never happen: wait_seconds={fault.wait_seconds:g}")
             if fault.wait_seconds and (fault.point not in BY_THE_CLOCK or fault.action is Action.SLOW):
                 raise ConfigError(f"the fault {what} would never happen: no clock is looked at there")
             if self.faults.count(fault) > 1:
@@ -196,10 +201,14 @@ def read(file: Path, run: Path) -> Plan:
         if type(values["protected"]) is not bool:
             raise TypeError("protected must be true or false")
         return Plan(file, faults, values["protected"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{PLAN}={file} must be a fault plan: {error!r}") from None
 
 
 def _fault(values: Mapping[str, Any]) -> Fault:
-    place = int(values["rank"]), int(values["step"]), Point[values["point"]]
+    for key, kinds in (("rank", (int,)), ("step", (int,)), ("times", (int, float)), ("wait_seconds", (int, float))):
+        value = values[key]
+        if type(value) not in kinds or not math.isfinite(value):
+            raise TypeError(f"{key}={value} must be a number{' without a fraction' if kinds == (int,) else ''}")
+    place = values["rank"], values["step"], Point[values["point"]]
     return Fault(Action[values["action"]], *place, float(values["times"]), float(values["wait_seconds"]))

@@ -127,7 +127,7 @@ def soak(config: Config, folder: Path, seconds: float, seed: int, say: Callable[
         raise ConfigError(f"the run fails without any fault: {said.removeprefix('error: ')}")
     step_seconds = statistics.median(entry["step_seconds"] for entry in steps_taken[1:])
     faults = draw_faults(random.Random(seed), config.layout.world_size, seconds, step_seconds)
-    say(f"a step takes {step_seconds:.2f} s; {len(faults)} faults in {seconds / 60:g} min")
+    say(f"a step takes {step_seconds:.2f} s; up to {len(faults)} faults in {seconds / 60:g} min")
     soaked = _soaked(config, folder / "soaked", restarts=len(faults))
     disturbed = _run(soaked, folder / "soaked", faults, seconds, say)
     last = len(read_jsonl(disturbed.folder.metrics_file))

@@ -47,11 +47,13 @@ def _read(file: int, slot: int) -> tuple[int, Roster | None]:
     header = os.pread(file, _HEADER_BYTES, slot * SLOT_BYTES).split()
     try:
         version, length, checksum = int(header[0]), int(header[1]), int(header[2], 16)
+        if not 0 <= length <= SLOT_BYTES - _HEADER_BYTES:
+            return 0, None
         text = os.pread(file, length, slot * SLOT_BYTES + _HEADER_BYTES)
         if zlib.crc32(text, version) != checksum:
             return 0, None
         return version, Roster.from_dict(json.loads(text))
-    except (ValueError, IndexError, TypeError, KeyError, AttributeError):
+    except (ValueError, IndexError, TypeError, KeyError, AttributeError, RecursionError):
         return 0, None
 
 

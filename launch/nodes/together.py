@@ -21,7 +21,7 @@ from launch.nodes.roster import Ending, NodeCount, Roster
 from launch.nodes.roster_file import RosterFile
 from launch.nodes.smaller import Share, largest, shares
 from launch.run_folder import RunFolder
-from launch.train import FAILED, REGROUPED
+from launch.train import FAILED, REGROUPED, USER_ERROR
 from parallel.mesh import Layout
 
 
@@ -45,7 +45,6 @@ class Together:
         terms = job, nodes, [share.nodes for share in self._shares], config.recovery.max_restarts
         self.member = Member(RosterFile(folder.nodes_file), terms, self._note, self._listener.address)
         self.recovering: Failure | None = None
-        self.begun = False
         self._attempt, self._place = 0, -1
         self._own: Failure | None = None
         """How the attempt before ended, as it looked from here, where this node had ranks in it."""
@@ -145,7 +144,6 @@ class Together:
             self.member.look(lambda roster: roster.break_off(self.member.name, self._attempt))
 
     def settle(self, failure: Failure | None) -> int | None:
-        self.begun = True
         if failure is None:
             self.member.look(self._finish)
             return 0
@@ -157,22 +155,26 @@ class Together:
         if view.over == 0:  # the other nodes are done
             say_the_end(own, 0)
             return FAILED
+        if view.stop is not None and own.status == USER_ERROR:  # the last checkpoint could not be written
+            return USER_ERROR
         if view.stop is not None or self.member.given_up:
             return None
         self._tell_ending(view)
         return view.over
 
     def _tell_ending(self, view: Roster) -> None:
-        """Once an attempt: how the one before ended, by the node that speaks, which may be one that was spare then."""
+        """Once an attempt: how the one before ended. By all that train in the next, some of which may have been spare;
+        of the end of the run by the node that speaks."""
         ending = view.ending
         if view.attempt == self._told or ending is None or view.stop is not None:
             return
         self._told = view.attempt
-        if ending.planned or not self.member.speaks:  # the next attempt says what it is
+        if ending.planned:  # the next attempt says what it is
             return
         if view.over is None:
-            self._journal.say_restart(ending.cause, view.restarts)
-        elif ending.can_recover:
+            if self.member.place is not None:
+                self._journal.say_restart(ending.cause, view.restarts)
+        elif self.member.speaks and ending.can_recover:
             say_the_end(Failure(ending.rank, ending.status, ending.cause, 0.0), view.max_restarts)
 
     def _last_failure(self, view: Roster, seen: float) -> Failure | None:

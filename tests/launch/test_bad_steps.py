@@ -72,7 +72,13 @@ def test_what_was_found_outlives_the_process(tmp_path: Path) -> None:
     skipped.add(24)
     write_found(file, skipped)
     assert read_found(file) == [24]
-    for damaged in ("{", "[]", '{"first_sequences": [-1]}', '{"first_sequences": 3}'):
+    lists = (
+        '{"first_sequences": [-1]}',
+        '{"first_sequences": 3}',
+        '{"first_sequences": {}}',
+        '{"first_sequences": ""}',
+    )
+    for damaged in ("{", "[]", "[" * 100000, *lists):
         file.write_text(damaged)
         with pytest.raises(ConfigError, match=r"damaged .*skipped\.json"):
             read_found(file)

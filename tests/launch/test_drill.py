@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
@@ -169,9 +169,20 @@ def test_a_plan_that_was_left_in_the_environment_stops_any_other_run(tmp_path: P
     Plan(file).write()
     with pytest.raises(ConfigError, match=f"{PLAN}=.* not for run.dir=.*unset it"):
         read(file, tmp_path / "run")
-    file.write_text("{}")
-    with pytest.raises(ConfigError, match="must be a fault plan"):
-        read(file, tmp_path / "drill" / "run")
+    one = {**asdict(Fault(Action.KILL, 1, 2, Point.FORWARD)), "action": "KILL", "point": "FORWARD"}
+    changes = (
+        {"rank": 1e999},
+        {"rank": True},
+        {"step": 1.9},
+        {"times": float("nan")},
+        {"wait_seconds": "1"},
+        {"point": 3},
+    )
+    wrong = [json.dumps({"faults": [{**one, **change}], "protected": True}) for change in changes]
+    for text in ("{}", "[" * 100000, '{"faults": [], "protected": 1}', *wrong):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match="must be a fault plan"):
+            read(file, tmp_path / "drill" / "run")
 
 
 @pytest.mark.parametrize(
@@ -186,6 +197,8 @@ def test_a_plan_that_was_left_in_the_environment_stops_any_other_run(tmp_path: P
         (Fault(Action.KILL, 0, 6, Point.LOAD), "nothing before it ends a rank"),
         (Fault(Action.SKIP, 0, 6, Point.FORWARD), "what is left out is a gather, and only that"),
         (Fault(Action.KILL, 0, 6, Point.SHARD, wait_seconds=9.0), "no clock is looked at there"),
+        (Fault(Action.KILL, 0, 6, Point.FORWARD, wait_seconds=-1.0), "wait_seconds=-1"),
+        (Fault(Action.SLOW, 0, 6, Point.FORWARD), "times=1 is no slower"),
     ],
 )
 def test_a_fault_that_would_never_happen_is_refused(fault: Fault, rule: str) -> None:

@@ -21,6 +21,7 @@ from launch.drills.fault import PLAN, Action, Fault, Plan, Point
 from launch.invocation import CLUSTER, ELSEWHERE, Invocation, of_training
 from launch.local import GRACE_SECONDS, _scratch_folder
 from launch.nodes.roster import NodeCount
+from launch.run_folder import RunFolder
 from tests.launch.runs import (
     ONE_RANK,
     ROOT,
@@ -56,7 +57,7 @@ def test_a_loss_that_is_not_finite_is_one_line(config: Path, tmp_path: Path, tem
     assert list(temporary.iterdir()) == []
 
 
-@pytest.mark.parametrize("victim", ["fork server", "rank"])
+@pytest.mark.parametrize("victim", ["fork server", "rank", "rank of a stopped server"])
 def test_a_process_that_is_killed_is_named_and_takes_all_with_it(
     config: Path, start: Start, tmp_path: Path, victim: str
 ) -> None:
@@ -64,12 +65,14 @@ def test_a_process_that_is_killed_is_named_and_takes_all_with_it(
     wait_for(lambda: len(entries(tmp_path / "run")) >= 1)
     everyone = descendants(process)
     (server,) = [one for one in everyone if any(other.ppid() == one.pid for other in everyone)]
+    if "stopped" in victim:
+        server.suspend()
     (server if victim == "fork server" else server.children()[0]).kill()
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "Traceback" not in error
     line = error.splitlines()[-1]
-    assert ("started the ranks" if victim == "fork server" else "was ended by SIGKILL") in line
+    assert ("was ended by SIGKILL" if victim == "rank" else "started the ranks") in line
     assert_gone(everyone)
 
 
@@ -202,7 +205,7 @@ def test_a_signal_when_all_ranks_are_gone_stops_nothing(
             os.kill(os.getpid(), signal.SIGINT)
 
     def all_steps(_config: object, _arguments: object, _: object, attempts: Attempts, node: local._Node) -> int:
-        local._pass_signals_on(node.relay, attempts)
+        local._pass_signals_on(node.relay, attempts, RunFolder(load(config)))
         return 0
 
     monkeypatch.setattr(logging, "disable", lambda level: None)

@@ -88,7 +88,8 @@ def test_a_grace_that_is_over_says_what_is_lost_and_where_it_goes_on(
 ) -> None:
     folder = RunFolder(load(config))
     folder.path.mkdir()
-    folder.metrics_file.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 8)))
+    steps = "".join(f'{{"step": {step}}}\n' for step in range(1, 8))
+    folder.metrics_file.write_text(steps + '{"not": "ours"}\n')
     newest = None if saved is None else folder.checkpoints / f"step-{saved:08d}"
     monkeypatch.setattr(RunFolder, "newest_checkpoint", lambda self: newest)
     Journal(load(config)).note_out_of_time(signal.SIGTERM)

@@ -235,3 +235,15 @@ def test_the_job_script_keeps_spares_and_survives_a_lost_node(tmp_path: Path) ->
         assert (program, command, config, flag, count) == ("dualpipe", "train", "a b.yaml", "--nnodes", nodes)
         assert override == "train.seed=1" and {"--no-kill", "--wait=0", "--kill-on-bad-exit=0"} <= set(options)
         assert NodeCount.parse(count).most == 18
+
+
+@pytest.mark.parametrize("length", [-5, SLOT_BYTES, 10**14, 10**22])
+def test_a_slot_of_an_impossible_length_holds_nothing(length: int, tmp_path: Path) -> None:
+    file = RosterFile(tmp_path / "nodes")
+    header = b"%d %d 00000000" % (1, length)
+    file.path.write_bytes(header.ljust(SLOT_BYTES, b" ") + header)
+    with file.open() as roster:
+        assert roster == Roster()
+        roster.join("a", "host")
+    with file.open() as roster:
+        assert list(roster.members) == ["a"]

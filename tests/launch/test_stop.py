@@ -16,15 +16,23 @@ if sys.argv[2] == "pending":
     os.kill(os.getpid(), signal.SIGTERM)
 from launch import stop
 stop.ONE_REQUEST_SECONDS = 0.5
-request = stop.StopRequest(sys.argv[1] == "leads", lambda: "there is nothing")
+class Asked:
+    def is_set(self):
+        return sys.argv[2] == "asked"
+    def wait(self, seconds):
+        return self.is_set()
+asked = Asked() if sys.argv[2] in ("asked", "outlived") else None
+request = stop.StopRequest(sys.argv[1] == "leads", lambda: "there is nothing", asked)
 request.graceful = sys.argv[2] == "graceful"
 print("ready", flush=True)
-if sys.argv[2] == "hushed":
-    request.graceful = True
-    assert request.wait_for(signal.SIGTERM, 20)
+if asked is not None:
+    request.graceful = sys.argv[3] == "graceful"
+    while not request.terminated.wait(0.1):
+        pass
+    time.sleep(0.2)
     request.hush()
-    print(request.wait_for(signal.SIGTERM, 0.7), flush=True)
-    sys.exit(0 if request.wait_for(signal.SIGTERM, 20) else 1)
+    print(request.wait_to_be_ended(0.7), flush=True)
+    sys.exit(0 if request.wait_to_be_ended(20) else 1)
 lock = ctypes.pythonapi.PyThread_allocate_lock
 lock.restype = ctypes.c_void_p
 acquire = ctypes.CDLL(None).PyThread_acquire_lock
@@ -35,14 +43,16 @@ acquire(held, 1)
 """
 
 
-def rank(leads: bool = True, state: str = "early", ignored: tuple[int, ...] = ()) -> subprocess.Popen[str]:
+def rank(
+    leads: bool = True, state: str = "early", ignored: tuple[int, ...] = (), graceful: bool = False
+) -> subprocess.Popen[str]:
     def begin() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         for number in ignored:
             signal.signal(number, signal.SIG_IGN)
 
     return subprocess.Popen(
-        [sys.executable, "-c", RANK, "leads" if leads else "follows", state],
+        [sys.executable, "-c", RANK, "leads" if leads else "follows", state, "graceful" if graceful else ""],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -87,14 +97,26 @@ def test_asked_twice_a_rank_ends_though_its_step_does_not() -> None:
     assert ends(process, 130).endswith("stopped at once; there is nothing\n")
 
 
-def test_a_rank_that_fails_while_it_stops_waits_to_be_asked_anew() -> None:
-    process = rank(state="hushed")
+def test_a_rank_that_fails_while_it_stops_waits_to_be_ended() -> None:
+    process = rank(state="asked", graceful=True)
     ready(process)
     process.terminate()
     assert process.stdout is not None
     assert process.stdout.readline() == "False\n"
     process.terminate()
     assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize("graceful", [False, True])
+def test_a_rank_that_outlives_another_is_not_asked_to_stop_and_says_nothing(graceful: bool) -> None:
+    process = rank(state="outlived", graceful=graceful)
+    ready(process)
+    process.terminate()
+    out, error = process.communicate(timeout=20)
+    if graceful:
+        assert (out, error, process.returncode) == ("True\n", "", 0), "it need not wait until it missed the other"
+    else:
+        assert (out, error, process.returncode) == ("", "", 143)
 
 
 def test_one_rank_speaks_for_all() -> None:
