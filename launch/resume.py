@@ -87,10 +87,12 @@ def open_memory(
 
 
 class Resume:
-    """Rank 0 looks into the folder, records what happens and says it. ``spoiled``: the damaged checkpoints met."""
+    """Rank 0 looks into the folder, records what happens and says it. ``spoiled``: the damaged checkpoints met;
+    ``saved``: the step of the checkpoint that the run went on from, 0 when it did not go on from one."""
 
     def __init__(self, worker: Worker, replica: Replica | None, folder: RunFolder, say: Callable[[str], None]) -> None:
         self.spoiled: set[Path] = set()
+        self.saved = 0
         self._worker, self._replica, self._folder, self._say = worker, replica, folder, say
         self._leads = worker.rank == 0
 
@@ -105,6 +107,7 @@ class Resume:
         choice = self._replica.newest() if self._replica is not None and from_memory else None
         further = [path for path in box[0] if choice is None or checkpoint.step_of(path) > choice.step]
         progress, lacking = self._from_checkpoint(further)
+        self.saved = 0 if progress is None else progress.step
         if progress is None and choice is not None:
             progress, lacking = self._from_memory(choice), None
         if self._replica is not None:

@@ -156,10 +156,12 @@ class Trainer:
 
     def _train(self) -> int:
         """The loop; returns 0, or the exit status of what ended it early."""
-        train, every, saved = self.config.train, self.config.checkpoint.every, self.progress.step
+        train, every, saved = self.config.train, self.config.checkpoint.every, self.resume.saved
         log = MetricsLog(self.folder.metrics_file, self.progress.step) if self.leads else None
         validation, stopped = None, False
         self.stop.graceful = True
+        if every and self.progress.step % every == 0 and self.progress.step > saved:
+            saved = self._save()  # it was due when memory had the step already
         with LiveView(train.steps, self.progress.step, quiet=not self.leads or self.arguments.json) as view:
             while self.progress.step < train.steps and not stopped:
                 before = self.progress.step
@@ -171,8 +173,6 @@ class Trainer:
                         log.close()
                         log = MetricsLog(self.folder.metrics_file, step)
                     continue
-                if self.replica is not None and step < train.steps and not stopped:
-                    self.replica.begin(self.progress)
                 validation = None
                 if step == train.steps or (train.validate_every and step % train.validate_every == 0):
                     validation = entry["validation_bits_per_byte"] = self._validate()
@@ -187,6 +187,8 @@ class Trainer:
                         expert_load=max(entry["expert_load"].values(), default=None),
                         hidden=_hidden(entry["dispatch"]),
                     )
+                if self.replica is not None and step < train.steps and not stopped:
+                    self.replica.begin(self.progress)  # not before the step is in the metrics
                 if every and step % every == 0:
                     saved = self._save()
                 self._settle(last=stopped or step == train.steps)

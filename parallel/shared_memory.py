@@ -122,15 +122,10 @@ class SharedMemory:
         with suppress(BlockingIOError):  # there is no further one
             while True:
                 connection, _ = self._listener.accept()
-                connection.setblocking(True)
-                self._timed(connection)
-                _, user, _ = CREDENTIALS.unpack(
-                    connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
-                )
-                hello = connection.recv(HELLO.size, socket.MSG_WAITALL) if user == os.geteuid() else b""
-                if len(hello) == HELLO.size:
-                    rank, text = HELLO.unpack(hello)
-                    self._connections[rank, text.rstrip(b"\0").decode()] = connection
+                begun_by = _begun_by(connection)
+                if begun_by is not None:
+                    connection.setblocking(True)
+                    self._connections[begun_by] = self._timed(connection)
 
     def zeros(self, count: int, dtype: torch.dtype) -> Tensor:
         """Memory of this rank for good, which is sent without being copied: whoever writes to it sees to it that
@@ -199,6 +194,17 @@ class SharedMemory:
         set_timeout(connection, socket.SO_SNDTIMEO, self.timeout_s)
         set_timeout(connection, socket.SO_RCVTIMEO, self.timeout_s)
         return connection
+
+
+def _begun_by(connection: socket.socket) -> tuple[int, str] | None:
+    """Which rank, and under which name; None for anybody else. Ranks have said it before they met."""
+    _, user, _ = CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))
+    with suppress(BlockingIOError, UnicodeDecodeError):
+        hello = connection.recv(HELLO.size, socket.MSG_DONTWAIT)
+        if user == os.geteuid() and len(hello) == HELLO.size:
+            rank, text = HELLO.unpack(hello)
+            return rank, text.rstrip(b"\0").decode()
+    return None
 
 
 def shared_memory(layout: Layout, device: torch.device, timeout: timedelta) -> SharedMemory | None:

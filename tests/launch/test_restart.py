@@ -76,6 +76,34 @@ def test_a_run_that_has_nothing_to_go_on_from_says_that_it_begins_anew(config: P
     assert [entry["step"] for entry in entries(tmp_path / "run")] == [1, 2]
 
 
+def faulty(config: Path, plan: Plan, *overrides: str) -> subprocess.CompletedProcess[str]:
+    plan.write()
+    words = command(config, "recovery.max_restarts=2", "recovery.replicate_every=1", *overrides)
+    environment = {**os.environ, PLAN: str(plan.file)}
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_stop_in_the_first_step_after_memory_leaves_a_checkpoint_though_that_step_is_bad(
+    config: Path, tmp_path: Path
+) -> None:
+    kill, nan = Fault(Action.KILL, 3, 4, Point.FORWARD), Fault(Action.NAN, 2, 4, Point.REDUCE)
+    plan = Plan(tmp_path / "plan.json", (kill, nan, Fault(Action.ASK, 0, 4, Point.BACKWARD)))
+    result = faulty(config, plan, "checkpoint.every=0", "recovery.max_bad_steps=3")
+    assert result.returncode == 143, result.stderr
+    step = len(entries(tmp_path / "run"))
+    assert f"stopped after step {step}, with a checkpoint of it" in result.stdout and step in (2, 3)
+    assert (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").is_dir()
+
+
+def test_a_checkpoint_that_was_due_is_written_though_memory_has_its_step(config: Path, tmp_path: Path) -> None:
+    plan = Plan(tmp_path / "plan.json", (Fault(Action.KILL, 1, 4, Point.SHARD),))
+    result = faulty(config, plan, *TWO_RANKS, "train.steps=6", "checkpoint.every=4")
+    assert result.returncode == 0, result.stderr
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000004", "step-00000006"]
+    assert [entry["step"] for entry in entries(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_divergence_is_not_tried_again(config: Path, tmp_path: Path) -> None:
     diverging = ["optimizer.learning_rate=1e30", "optimizer.warmup_steps=0", "recovery.max_restarts=2"]
     result = train(config, *ONE_RANK, *diverging)

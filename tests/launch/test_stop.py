@@ -23,10 +23,9 @@ class Asked:
         return self.is_set()
 asked = Asked() if sys.argv[2] in ("asked", "outlived") else None
 request = stop.StopRequest(sys.argv[1] == "leads", lambda: "there is nothing", asked)
-request.graceful = sys.argv[2] == "graceful"
+request.graceful = "graceful" in sys.argv
 print("ready", flush=True)
 if asked is not None:
-    request.graceful = sys.argv[3] == "graceful"
     while not request.terminated.wait(0.1):
         pass
     time.sleep(0.2)

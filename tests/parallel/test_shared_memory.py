@@ -4,6 +4,7 @@ import gc
 import os
 import random
 import signal
+import socket
 import threading
 import time
 from datetime import timedelta
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from parallel.collectives import Group, all_gather, all_reduce, all_to_all, reduce_scatter, zeros
 from parallel.lanes import Arrival, Inbox, Outbox, Rows, SharedGroup
-from parallel.shared_memory import SharedMemory
+from parallel.shared_memory import HELLO, SharedMemory
 from tests.ranks import run_ranks
 
 WORLD = 3
@@ -46,7 +47,9 @@ def messages(seed: int) -> list[list[Tensor]]:
 def lanes(rank: int, rounds: int) -> list[bool]:
     """Rank 0 sends, in whole or chosen rows, what rank 1 waits for in another order, from two threads."""
     memory, right = shared(), []
+    strangers = [intrude(memory, said) for said in (b"", b"\xfc" * HELLO.size, b"short")]
     outbox, inbox = (Outbox(memory, 1, "lane"), None) if rank == 0 else (None, Inbox(memory, 0, "lane"))
+    strangers += [intrude(memory, b"")]
     memory.begun()
     for seed in range(rounds):
         draw = random.Random(seed)
@@ -66,6 +69,14 @@ def lanes(rank: int, rounds: int) -> list[bool]:
             right += [torch.equal(a, b) for pair in zip(arrived, sent, strict=True) for a, b in zip(*pair, strict=True)]
         dist.barrier()
     return right
+
+
+def intrude(memory: SharedMemory, said: bytes) -> socket.socket:
+    """A connection to the next rank that no rank begins, and that stays."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.connect(memory._names[(memory.rank + 1) % dist.get_world_size()])
+    connection.sendall(said)
+    return connection
 
 
 def in_two_threads(posted: list[Arrival]) -> None:
