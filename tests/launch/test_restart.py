@@ -104,6 +104,21 @@ def test_a_checkpoint_that_was_due_is_written_though_memory_has_its_step(config:
     assert [entry["step"] for entry in entries(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_who_dies_in_a_validation_costs_neither_it_nor_the_line_of_its_step(config: Path, tmp_path: Path) -> None:
+    plan = Plan(tmp_path / "plan.json", (Fault(Action.KILL, 1, 3, Point.FORWARD),))  # which comes after step 2
+    result = faulty(config, plan, *TWO_RANKS, "train.steps=4", "train.validate_every=2", "checkpoint.every=0")
+    assert result.returncode == 0, result.stderr
+    found = entries(tmp_path / "run")
+    assert [(entry["step"], "validation_bits_per_byte" in entry) for entry in found] == [
+        (1, False),
+        (2, True),
+        (3, False),
+        (4, True),
+    ]
+    failure = next(json.loads(line) for line in (tmp_path / "run" / "events.jsonl").open() if '"failure"' in line)
+    assert failure["step"] == 1, "it was in the validation"
+
+
 def test_a_divergence_is_not_tried_again(config: Path, tmp_path: Path) -> None:
     diverging = ["optimizer.learning_rate=1e30", "optimizer.warmup_steps=0", "recovery.max_restarts=2"]
     result = train(config, *ONE_RANK, *diverging)
